@@ -165,13 +165,15 @@ install_as_root() (
         apt install -y --no-install-recommends "$@" || die "apt could not install: $*"
     fi
 
-    if command -v systemctl >/dev/null; then
-        local now=()
-        [[ ! -d /run/systemd/system ]] || now=(--now) # an existing policy-rc.d may have let it start
-        for package in $units; do
-            systemctl disable --quiet "${now[@]}" "$package" 2>/dev/null || true
-        done
-    fi
+    local now=()
+    [[ ! -d /run/systemd/system ]] || now=(--now) # an existing policy-rc.d may have let it start
+    for package in $units; do
+        if command -v systemctl >/dev/null; then
+            systemctl disable --quiet "${now[@]}" "$package"
+        else
+            update-rc.d "$package" disable
+        fi 2>/dev/null || true
+    done
 )
 
 # ---- processes
@@ -362,6 +364,12 @@ prepare() {
     cd "$dir"
 }
 
+# ours tells whether this script made the folder, and refuses one of another user.
+ours() {
+    [[ -e $dir/.goods-servers ]] || return 1
+    [[ -O $dir ]] || die "$dir belongs to $(stat -c %U "$dir")"
+}
+
 # locked runs a command under the lock of server $2, so that two makes at once do not both initialise it.
 locked() {
     (
@@ -464,10 +472,10 @@ main() {
         each start_locked "$@"
         ;;
     stop)
-        [[ ! -e $dir/.goods-servers ]] || each stop_locked "$@"
+        if ours; then each stop_locked "$@"; fi
         ;;
     pause | resume)
-        each "${command}_server" "$@"
+        if ours; then each "${command}_server" "$@"; fi
         ;;
     status)
         for name; do
@@ -487,7 +495,7 @@ main() {
         ;;
     clean)
         [[ -e $dir ]] || return 0
-        [[ -e $dir/.goods-servers ]] || die "$dir was not made by this script; nothing deleted"
+        ours || die "$dir was not made by this script; nothing deleted"
         each stop_locked "${all[@]}"
         rm -rf --one-file-system "$dir"
         ;;
