@@ -1,0 +1,172 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime"
+	"runtime/debug"
+	"sync"
+	"time"
+)
+
+// errOutcomeUnknown marks an error after which a write may or may not stand:
+// it is never tried again by the service.
+var errOutcomeUnknown = errors.New("outcome unknown")
+
+// errStopped answers calls that a closed batcher did not begin.
+var errStopped = errors.New("shutting down")
+
+// result is the answer to one request of a batch, or its own failure.
+type result[A any] struct {
+	answer A
+	err    error
+}
+
+// batcher turns concurrent calls into one. Callers hand in a request with do
+// and wait; a worker takes one request, adds whatever else already waits, and
+// runs them together. Alone, a request waits for nobody; under load, a round
+// trip or a commit is shared by dozens. A request joins only a batch that has
+// not begun, so a read sees every write that was answered before it was asked.
+type batcher[Q, A any] struct {
+	name  string
+	limit int // requests in one batch
+	// run answers a batch: one result for each request, in their order, or one
+	// error for all of them. It runs in one goroutine a worker.
+	run   func(ctx context.Context, requests []Q) ([]result[A], error)
+	sizes *histogram
+	log   *slog.Logger
+
+	calls   chan *call[Q, A] // unbuffered: a caller that gives up leaves nothing behind
+	stop    chan struct{}
+	workers sync.WaitGroup
+}
+
+type call[Q, A any] struct {
+	ctx     context.Context
+	request Q
+	done    chan result[A] // holds one result, so that a worker never waits for a caller
+}
+
+// start begins n workers; close ends them.
+func (b *batcher[Q, A]) start(n int) {
+	b.calls = make(chan *call[Q, A])
+	b.stop = make(chan struct{})
+	for range n {
+		b.workers.Go(b.work)
+	}
+}
+
+// close waits for the batches that run; callers still waiting get errStopped.
+func (b *batcher[Q, A]) close() {
+	close(b.stop)
+	b.workers.Wait()
+}
+
+// do answers one request, in company or alone. When ctx ends first, a request
+// that has not begun is dropped; one that has begun is finished unheard.
+func (b *batcher[Q, A]) do(ctx context.Context, request Q) (A, error) {
+	c := &call[Q, A]{ctx: ctx, request: request, done: make(chan result[A], 1)}
+	var none A
+	select {
+	case b.calls <- c:
+	case <-ctx.Done():
+		return none, ctx.Err()
+	case <-b.stop:
+		return none, errStopped
+	}
+	select {
+	case r := <-c.done:
+		return r.answer, r.err
+	case <-ctx.Done():
+		return none, ctx.Err()
+	}
+}
+
+func (b *batcher[Q, A]) work() {
+	for {
+		select {
+		case <-b.stop:
+			return
+		case first := <-b.calls:
+			b.serve(b.gather(first))
+		}
+	}
+}
+
+// gather adds to the first call those that wait at this moment.
+func (b *batcher[Q, A]) gather(first *call[Q, A]) []*call[Q, A] {
+	batch := []*call[Q, A]{first}
+	// Requests that have been read but not yet handed in are one scheduling
+	// step away: let them come, for the price of a microsecond.
+	runtime.Gosched()
+	for len(batch) < b.limit {
+		select {
+		case c := <-b.calls:
+			batch = append(batch, c)
+		default:
+			return batch
+		}
+	}
+	return batch
+}
+
+// serve answers every call of a batch. When the batch fails as a whole, its
+// requests are tried one by one, so that a failure stays with its request.
+func (b *batcher[Q, A]) serve(batch []*call[Q, A]) {
+	// The batch belongs to no single caller: it has a time limit of its own.
+	ctx, cancel := context.WithTimeout(context.Background(), answerWithin)
+	defer cancel()
+	b.sizes.observe(float64(len(batch)))
+	requests := make([]Q, len(batch))
+	for i, c := range batch {
+		requests[i] = c.request
+	}
+	results, err := b.try(ctx, requests)
+	if err == nil {
+		for i, c := range batch {
+			c.done <- results[i]
+		}
+		return
+	}
+	again := !errors.Is(err, errOutcomeUnknown)
+	if again {
+		b.log.Debug("batch failed, trying its requests one by one", "batch", b.name, "size", len(batch), "err", err)
+	}
+	for i, c := range batch {
+		var r result[A]
+		switch {
+		case !again || ctx.Err() != nil:
+			r.err = err
+		case c.ctx.Err() != nil:
+			r.err = c.ctx.Err()
+		default:
+			if alone, err := b.try(ctx, requests[i:i+1]); err != nil {
+				r.err = err
+			} else {
+				r = alone[0]
+			}
+		}
+		c.done <- r
+	}
+}
+
+// try runs requests once. A panic fails them and nothing else; whether they
+// were written is then not known.
+func (b *batcher[Q, A]) try(ctx context.Context, requests []Q) (results []result[A], err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			b.log.Error("panic in a batch", "batch", b.name, "panic", p, "stack", string(debug.Stack()))
+			results, err = nil, fmt.Errorf("panic: %v: %w", p, errOutcomeUnknown)
+		}
+	}()
+	results, err = b.run(ctx, requests)
+	if err == nil && len(results) != len(requests) {
+		err = fmt.Errorf("%d results for %d requests: %w", len(results), len(requests), errOutcomeUnknown)
+	}
+	return results, err
+}
+
+// answerWithin is the time in which a call is answered, if only by a 503.
+const answerWithin = 4 * time.Second

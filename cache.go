@@ -1,0 +1,252 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"strconv"
+	"sync/atomic"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+const (
+	cacheLife    = 60 * time.Second       // of a good
+	leaseLife    = 5 * time.Second        // longer than a read of Postgres may take
+	cacheTimeout = 200 * time.Millisecond // for one exchange with Redis
+	cachePause   = time.Second            // after a failure Redis is left alone
+)
+
+var errCachePaused = errors.New("redis failed a moment ago")
+
+// cache keeps goods in Redis one by one, each under its position, as the JSON
+// that a list sends.
+//
+// It can not serve what was overwritten. A reader that misses leaves a lease
+// in the key before it reads Postgres, and fills only where its own lease
+// still stands; a writer deletes the keys after its commit and before its
+// answer, and with them every lease older than the commit. A writer that can
+// not delete raises the epoch in Postgres instead: keys carry the epoch that
+// the list has just read there, so the whole cache is out of reach at once,
+// for every replica, and for a Redis that comes back with old data.
+//
+// Redis is optional: every error means that Postgres answers. All methods may
+// be called concurrently.
+type cache struct {
+	pool   *redis.Pool
+	prefix string
+	health *dependency
+	counts *metrics
+	// epoch is the one last seen in Postgres: a guess, checked by every list.
+	epoch atomic.Int64
+	// failedAt, in Unix nanoseconds, is when an exchange with Redis failed last.
+	failedAt atomic.Int64
+}
+
+// fillScript sets KEYS[i] to ARGV[i+2] for ARGV[2] milliseconds wherever the
+// lease ARGV[1] still stands, and returns how many that were.
+var fillScript = redis.NewScript(-1, `
+local filled = 0
+for i, key in ipairs(KEYS) do
+	if redis.call('GET', key) == ARGV[1] then
+		redis.call('SET', key, ARGV[i + 2], 'PX', ARGV[2])
+		filled = filled + 1
+	end
+end
+return filled`)
+
+func newCache(url, namespace string, health *dependency, counts *metrics) *cache {
+	c := &cache{prefix: namespace + ":", health: health, counts: counts}
+	c.pool = &redis.Pool{
+		DialContext: func(ctx context.Context) (redis.Conn, error) {
+			return redis.DialURLContext(ctx, url,
+				redis.DialConnectTimeout(cacheTimeout),
+				redis.DialReadTimeout(cacheTimeout),
+				redis.DialWriteTimeout(cacheTimeout))
+		},
+		// A connection older than the last failure may lead to a server that
+		// is gone: better a new one than a failure for each of them.
+		TestOnBorrow: func(_ redis.Conn, used time.Time) error {
+			if used.UnixNano() < c.failedAt.Load() {
+				return errCachePaused
+			}
+			return nil
+		},
+		MaxIdle:     16,
+		IdleTimeout: time.Minute,
+	}
+	return c
+}
+
+func (c *cache) key(epoch int64, position int) string {
+	b := make([]byte, 0, 48)
+	b = append(b, c.prefix...)
+	b = strconv.AppendInt(b, epoch, 10)
+	b = append(b, ':')
+	return string(strconv.AppendInt(b, int64(position), 10))
+}
+
+// reading is an MGET under way.
+type reading struct {
+	cache     *cache
+	conn      redis.Conn
+	epoch     int64
+	positions []int
+	err       error
+}
+
+// startRead asks for the goods at positions without waiting for the answer,
+// so that Postgres can be asked meanwhile. wait must be called on the result.
+func (c *cache) startRead(ctx context.Context, epoch int64, positions []int) *reading {
+	r := &reading{cache: c, epoch: epoch, positions: positions}
+	if r.conn, r.err = c.conn(ctx); r.err != nil {
+		return r
+	}
+	args := make([]any, len(positions))
+	for i, p := range positions {
+		args[i] = c.key(epoch, p)
+	}
+	if r.err = r.conn.Send("MGET", args...); r.err == nil {
+		r.err = r.conn.Flush()
+	}
+	return r
+}
+
+// wait returns what Redis holds for each position: the good's JSON; what is
+// no good (a lease) as it is; nil where there is nothing.
+func (r *reading) wait() ([][]byte, error) {
+	if r.conn == nil {
+		return nil, r.err
+	}
+	var values [][]byte
+	if r.err == nil {
+		values, r.err = redis.ByteSlices(r.conn.Receive())
+	}
+	if r.err == nil && len(values) != len(r.positions) {
+		r.err = fmt.Errorf("mget: %d values for %d keys", len(values), len(r.positions))
+	}
+	return values, r.cache.release(r.conn, r.err)
+}
+
+// isGood tells a good's JSON from a lease, and from what others may have
+// left under the key.
+func isGood(value []byte) bool {
+	return bytes.HasPrefix(value, goodPrefix) && bytes.HasSuffix(value, goodSuffix)
+}
+
+// lease is the right to fill some positions with what Postgres says later.
+type lease struct {
+	token     string
+	epoch     int64
+	positions []int
+}
+
+// lease takes the positions that nobody holds. It must be called before the
+// goods are read from Postgres.
+func (c *cache) lease(ctx context.Context, epoch int64, positions []int) (lease, error) {
+	l := lease{token: "lease:" + rand.Text(), epoch: epoch}
+	conn, err := c.conn(ctx)
+	if err != nil {
+		return l, err
+	}
+	for _, p := range positions {
+		if err = conn.Send("SET", c.key(epoch, p), l.token, "NX", "PX", leaseLife.Milliseconds()); err != nil {
+			return l, c.release(conn, err)
+		}
+	}
+	err = conn.Flush()
+	for i := 0; i < len(positions) && err == nil; i++ {
+		var reply any
+		if reply, err = conn.Receive(); reply != nil {
+			l.positions = append(l.positions, positions[i])
+		}
+	}
+	return l, c.release(conn, err)
+}
+
+// fill stores goods, by position, wherever the lease still stands.
+func (c *cache) fill(ctx context.Context, l lease, goods map[int][]byte) error {
+	var keys, values []any
+	for _, p := range l.positions {
+		if good, ok := goods[p]; ok {
+			keys = append(keys, c.key(l.epoch, p))
+			values = append(values, good)
+		}
+	}
+	if len(keys) == 0 {
+		return nil
+	}
+	args := append([]any{len(keys)}, keys...)
+	args = append(args, l.token, cacheLife.Milliseconds())
+	args = append(args, values...)
+	conn, err := c.conn(ctx)
+	if err != nil {
+		return err
+	}
+	filled, err := redis.Int(fillScript.Do(conn, args...))
+	if err == nil {
+		c.counts.cacheRefused.Add(int64(len(keys) - filled))
+	}
+	return c.release(conn, err)
+}
+
+// drop deletes the goods at positions and every lease on them. After an error
+// the caller must raise the epoch.
+func (c *cache) drop(ctx context.Context, epoch int64, positions []int) error {
+	conn, err := c.conn(ctx)
+	if err != nil {
+		return err
+	}
+	const most = 1000 // keys in one command, to let others have their turn
+	for len(positions) > 0 && err == nil {
+		n := min(most, len(positions))
+		args := make([]any, n)
+		for i, p := range positions[:n] {
+			args[i] = c.key(epoch, p)
+		}
+		_, err = conn.Do("UNLINK", args...)
+		positions = positions[n:]
+	}
+	return c.release(conn, err)
+}
+
+// ping reports whether Redis takes a write, whatever went wrong a moment ago.
+func (c *cache) ping(ctx context.Context) error {
+	conn, err := c.pool.GetContext(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	_, err = conn.Do("SET", c.prefix+"ping", "", "PX", 1000)
+	return err
+}
+
+func (c *cache) conn(ctx context.Context) (redis.Conn, error) {
+	if time.Since(time.Unix(0, c.failedAt.Load())) < cachePause {
+		return nil, errCachePaused
+	}
+	conn, err := c.pool.GetContext(ctx)
+	if err != nil {
+		return nil, c.result(err)
+	}
+	return conn, nil
+}
+
+func (c *cache) release(conn redis.Conn, err error) error {
+	conn.Close()
+	return c.result(err)
+}
+
+// result notes how an exchange went, and passes its error on.
+func (c *cache) result(err error) error {
+	if err != nil {
+		c.counts.cacheErrors.Add(1)
+		c.failedAt.Store(time.Now().UnixNano())
+		err = fmt.Errorf("redis: %w", err)
+	}
+	c.health.report("cache", err)
+	return err
+}

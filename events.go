@@ -1,0 +1,474 @@
+package main
+
+import (
+	"context"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/ClickHouse/clickhouse-go/v2"
+	"github.com/lib/pq"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+const (
+	relayBatch   = 500         // events claimed in one transaction
+	relayPoll    = time.Second // on average; a nudge comes earlier
+	relaySettle  = 20 * time.Millisecond
+	eventTimeout = 5 * time.Second // for one exchange with NATS or ClickHouse
+	ackWait      = 10 * time.Second
+	lostAfter    = 30 * time.Second
+	retryFirst   = 100 * time.Millisecond
+	retryMost    = 2 * time.Second
+	streamLimit  = 1_000_000 // messages; past it NATS refuses, and rows wait in Postgres
+)
+
+// event is one version of a good, as it travels from the outbox to ClickHouse.
+// (ID, Version) is its name: NATS and ClickHouse tell repeats by it.
+type event struct {
+	Outbox      int64     `json:"outbox"` // the row to delete once ClickHouse holds the event
+	ID          int32     `json:"id"`
+	ProjectID   int32     `json:"projectId"`
+	Name        string    `json:"name"`
+	Description string    `json:"description"`
+	Priority    int32     `json:"priority"`
+	Removed     bool      `json:"removed"`
+	Version     int32     `json:"version"`
+	Time        time.Time `json:"time"`
+}
+
+// valid tells an event from whatever else may be published on the subject.
+func (e *event) valid() bool {
+	return e.Outbox > 0 && e.ID > 0 && e.ProjectID > 0 && e.Version > 0 && !e.Time.IsZero()
+}
+
+// pipeline moves events from the outbox through NATS into ClickHouse. An
+// outbox row goes only when ClickHouse holds its event, so NATS may lose
+// everything: what is still in the outbox travels again. Repeats are harmless.
+type pipeline struct {
+	db         *database
+	nats       *nats.Conn
+	js         jetstream.JetStream
+	clickhouse clickhouse.Conn
+	stream     string
+	replicas   int
+	batch      int // events in one INSERT
+	log        *slog.Logger
+	counts     *metrics
+	natsUp     *dependency
+	chUp       *dependency
+
+	nudge chan struct{} // holds one: there is something to relay
+
+	mu       sync.Mutex // guards what follows
+	consumer jetstream.Consumer
+}
+
+func (p *pipeline) subject() string { return strings.ToLower(p.stream) + ".events" }
+
+// wake tells the relay that something was written. It never blocks.
+func (p *pipeline) wake() {
+	select {
+	case p.nudge <- struct{}{}:
+	default:
+	}
+}
+
+// relay publishes what waits in the outbox, until ctx ends. Any number of
+// replicas may relay at once.
+func (p *pipeline) relay(ctx context.Context) {
+	for ctx.Err() == nil {
+		n, err := p.publish(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if n == relayBatch {
+			continue
+		}
+		if err != nil {
+			p.log.Debug("relay failed", "err", err)
+			_, _ = p.connect(ctx) // the stream may be gone; the next round tells
+		} else {
+			select {
+			case <-p.nudge:
+				// One write seldom comes alone: a moment's wait saves transactions.
+				pause(ctx, relaySettle)
+				continue
+			default:
+			}
+		}
+		select {
+		case <-ctx.Done():
+		case <-p.nudge:
+			pause(ctx, relaySettle)
+		case <-time.After(relayPoll/2 + rand.N(relayPoll)):
+		}
+	}
+}
+
+const claimEvents = `
+SELECT id, good_id, project_id, name, description, priority, removed, version, event_time
+FROM outbox
+WHERE published_at IS NULL
+ORDER BY id
+LIMIT $1
+FOR UPDATE SKIP LOCKED`
+
+// Losing this mark in a crash only repeats a publish.
+const markEvents = `
+UPDATE outbox
+SET published_at = now()
+WHERE id = ANY ($1)`
+
+// publish claims, publishes and marks one batch, and returns its size. The
+// rows stay locked until NATS has acknowledged all of them.
+func (p *pipeline) publish(ctx context.Context) (int, error) {
+	if !p.nats.IsConnected() {
+		p.natsUp.report("relay", nats.ErrDisconnected)
+		return 0, nats.ErrDisconnected
+	}
+	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
+	defer cancel()
+	var ids []int64
+	err := inTx(ctx, p.db, func(tx *sql.Tx) error {
+		if _, err := tx.ExecContext(ctx, `SET LOCAL synchronous_commit = off`); err != nil {
+			return err
+		}
+		rows, err := tx.QueryContext(ctx, claimEvents, relayBatch)
+		if err != nil {
+			return fmt.Errorf("claim events: %w", err)
+		}
+		var acks []jetstream.PubAckFuture
+		var failed error
+		defer func() { p.natsUp.report("relay", failed) }()
+		for rows.Next() {
+			var e event
+			if err := rows.Scan(&e.Outbox, &e.ID, &e.ProjectID, &e.Name, &e.Description, &e.Priority, &e.Removed, &e.Version, &e.Time); err != nil {
+				return errors.Join(err, rows.Close())
+			}
+			data, err := json.Marshal(e)
+			if err != nil {
+				return errors.Join(err, rows.Close())
+			}
+			ack, err := p.js.PublishAsync(p.subject(), data, jetstream.WithMsgID(fmt.Sprintf("%d-%d", e.ID, e.Version)))
+			if err != nil {
+				failed = fmt.Errorf("publish: %w", err)
+				return errors.Join(failed, rows.Close())
+			}
+			ids, acks = append(ids, e.Outbox), append(acks, ack)
+		}
+		if err := rows.Err(); err != nil {
+			return fmt.Errorf("claim events: %w", err)
+		}
+		for _, ack := range acks {
+			select {
+			case <-ack.Ok():
+			case err := <-ack.Err():
+				failed = fmt.Errorf("publish: %w", err)
+				return failed
+			case <-ctx.Done():
+				failed = fmt.Errorf("publish: %w", ctx.Err())
+				return failed
+			}
+		}
+		if len(ids) == 0 {
+			return nil
+		}
+		_, err = tx.ExecContext(ctx, markEvents, pq.Array(ids))
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	p.counts.published.Add(int64(len(ids)))
+	return len(ids), nil
+}
+
+// connect finds or creates the stream and its consumer. When the stream had
+// to be created, nothing that was published before is in it, and everything
+// in the outbox is published again.
+func (p *pipeline) connect(ctx context.Context) (jetstream.Consumer, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.consumer = nil
+	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
+	defer cancel()
+	stream, err := p.js.Stream(ctx, p.stream)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		stream, err = p.js.CreateStream(ctx, jetstream.StreamConfig{
+			Name:      p.stream,
+			Subjects:  []string{p.subject()},
+			Retention: jetstream.WorkQueuePolicy,
+			Discard:   jetstream.DiscardNew,
+			Storage:   jetstream.FileStorage,
+			MaxMsgs:   streamLimit,
+			Replicas:  p.replicas,
+		})
+		if err == nil {
+			err = p.requeue(ctx, 0)
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("stream %s: %w", p.stream, err)
+	}
+	consumer, err := stream.Consumer(ctx, "drain")
+	if errors.Is(err, jetstream.ErrConsumerNotFound) {
+		consumer, err = stream.CreateConsumer(ctx, jetstream.ConsumerConfig{
+			Durable:    "drain",
+			AckPolicy:  jetstream.AckExplicitPolicy,
+			AckWait:    ackWait,
+			MaxDeliver: -1,
+		})
+	}
+	if err != nil {
+		return nil, fmt.Errorf("consumer of %s: %w", p.stream, err)
+	}
+	p.consumer = consumer
+	return consumer, nil
+}
+
+const requeueEvents = `
+UPDATE outbox
+SET published_at = NULL
+WHERE published_at <= now() - $1 * interval '1 second'`
+
+// requeue publishes again what was published at least age ago.
+func (p *pipeline) requeue(ctx context.Context, age time.Duration) error {
+	return inTx(ctx, p.db, func(tx *sql.Tx) error {
+		done, err := tx.ExecContext(ctx, requeueEvents, age.Seconds())
+		if err != nil {
+			return fmt.Errorf("requeue events: %w", err)
+		}
+		if n, _ := done.RowsAffected(); n > 0 {
+			p.log.Warn("events lost by nats travel again", "events", n)
+			p.counts.requeued.Add(n)
+			p.wake()
+		}
+		return nil
+	})
+}
+
+// drain moves events from NATS into ClickHouse, until ctx ends. Replicas share
+// one consumer, so any number may drain at once.
+func (p *pipeline) drain(ctx context.Context) {
+	p.retry(ctx, func() error { return migrateClickHouse(ctx, p.clickhouse, migrations, p.log) })
+	var looked time.Time
+	for ctx.Err() == nil {
+		messages, err := p.fetch(ctx)
+		p.natsUp.report("drain", err)
+		if err != nil {
+			p.log.Debug("fetch failed", "err", err)
+			pause(ctx, relayPoll)
+			_, _ = p.connect(ctx)
+			continue
+		}
+		if len(messages) > 0 {
+			p.store(ctx, messages)
+		} else if time.Since(looked) > lostAfter/3 {
+			looked = time.Now()
+			if err := p.find(ctx); err != nil && ctx.Err() == nil {
+				p.log.Debug("search for lost events failed", "err", err)
+			}
+		}
+	}
+}
+
+// fetch waits a moment for a first message, and then up to a second until a
+// batch is full. Without messages it returns none, and no error.
+func (p *pipeline) fetch(ctx context.Context) ([]jetstream.Msg, error) {
+	p.mu.Lock()
+	consumer := p.consumer
+	p.mu.Unlock()
+	if consumer == nil {
+		var err error
+		if consumer, err = p.connect(ctx); err != nil {
+			return nil, err
+		}
+	}
+	messages, err := fetchUpTo(ctx, consumer, 1, 2*time.Second)
+	if err != nil || len(messages) == 0 || p.batch == 1 {
+		return messages, err
+	}
+	// What has arrived is stored even if the rest could not be fetched.
+	more, _ := fetchUpTo(ctx, consumer, p.batch-1, time.Second)
+	return append(messages, more...), nil
+}
+
+func fetchUpTo(ctx context.Context, consumer jetstream.Consumer, n int, wait time.Duration) ([]jetstream.Msg, error) {
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	batch, err := consumer.Fetch(n, jetstream.FetchContext(ctx))
+	if err != nil {
+		return nil, err
+	}
+	var messages []jetstream.Msg
+	for m := range batch.Messages() {
+		messages = append(messages, m)
+	}
+	if err := batch.Error(); err != nil && ctx.Err() == nil {
+		return messages, err
+	}
+	return messages, nil
+}
+
+// store inserts the messages as one batch, deletes their outbox rows, and only
+// then acknowledges them. It tries until it succeeds or ctx ends.
+func (p *pipeline) store(ctx context.Context, messages []jetstream.Msg) {
+	var events []event
+	var good []jetstream.Msg
+	for _, m := range messages {
+		var e event
+		if err := json.Unmarshal(m.Data(), &e); err != nil || !e.valid() {
+			p.log.Error("not an event, thrown away", "subject", m.Subject(), "data", string(m.Data()), "err", err)
+			p.counts.thrownAway.Add(1)
+			_ = m.Term()
+			continue
+		}
+		events, good = append(events, e), append(good, m)
+	}
+	if len(events) == 0 {
+		return
+	}
+	stored := p.retry(ctx, func() error {
+		for _, m := range good {
+			_ = m.InProgress() // else another replica gets them meanwhile
+		}
+		err := p.insert(ctx, events)
+		if ctx.Err() == nil {
+			p.chUp.report("insert", err)
+		}
+		if err != nil {
+			p.counts.insertFailures.Add(1)
+		}
+		return err
+	}) && p.retry(ctx, func() error { return p.forget(ctx, events) })
+	for _, m := range good {
+		// An acknowledgement that is lost only repeats the event.
+		if stored {
+			_ = m.Ack()
+		} else {
+			_ = m.Nak()
+		}
+	}
+}
+
+const insertEvents = `INSERT INTO goods_log (Id, ProjectId, Name, Description, Priority, Removed, EventTime, Version)`
+
+func (p *pipeline) insert(ctx context.Context, events []event) error {
+	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
+	defer cancel()
+	batch, err := p.clickhouse.PrepareBatch(ctx, insertEvents)
+	if err != nil {
+		return fmt.Errorf("insert events: %w", err)
+	}
+	defer batch.Close()
+	for _, e := range events {
+		var removed uint8
+		if e.Removed {
+			removed = 1
+		}
+		if err := batch.Append(e.ID, e.ProjectID, e.Name, e.Description, e.Priority, removed, e.Time.UTC(), uint32(e.Version)); err != nil {
+			return fmt.Errorf("insert events: %w", err)
+		}
+	}
+	if err := batch.Send(); err != nil {
+		return fmt.Errorf("insert events: %w", err)
+	}
+	p.counts.inserted.Add(int64(len(events)))
+	p.counts.batches.Add(1)
+	return nil
+}
+
+// Losing this in a crash only repeats the events.
+const deleteEvents = `
+DELETE FROM outbox
+WHERE id = ANY ($1)`
+
+func (p *pipeline) forget(ctx context.Context, events []event) error {
+	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
+	defer cancel()
+	ids := make([]int64, len(events))
+	for i, e := range events {
+		ids[i] = e.Outbox
+	}
+	return inTx(ctx, p.db, func(tx *sql.Tx) error {
+		if _, err := tx.ExecContext(ctx, `SET LOCAL synchronous_commit = off`); err != nil {
+			return err
+		}
+		_, err := tx.ExecContext(ctx, deleteEvents, pq.Array(ids))
+		return err
+	})
+}
+
+// find looks for events that NATS lost: the consumer has nothing left, and
+// rows published half a minute ago are still in the outbox.
+func (p *pipeline) find(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
+	defer cancel()
+	p.mu.Lock()
+	consumer := p.consumer
+	p.mu.Unlock()
+	if consumer == nil {
+		return nil
+	}
+	info, err := consumer.Info(ctx)
+	if err != nil || info.NumPending > 0 || info.NumAckPending > 0 {
+		return err
+	}
+	return p.requeue(ctx, lostAfter)
+}
+
+// backlog returns how many messages are in the stream.
+func (p *pipeline) backlog(ctx context.Context) (int64, error) {
+	stream, err := p.js.Stream(ctx, p.stream)
+	if err != nil {
+		return 0, err
+	}
+	return int64(stream.CachedInfo().State.Msgs), nil
+}
+
+// retry repeats f with growing pauses until it succeeds; false means that ctx
+// ended first.
+func (p *pipeline) retry(ctx context.Context, f func() error) bool {
+	for wait := retryFirst; ctx.Err() == nil; wait = min(2*wait, retryMost) {
+		err := f()
+		if err == nil {
+			return true
+		}
+		p.log.Debug("storing events failed", "err", err)
+		pause(ctx, wait)
+	}
+	return false
+}
+
+// pause waits for d, or less when ctx ends.
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
+
+// openNATS returns a connection that is made, and made again, in the
+// background. Only a bad URL is an error.
+func openNATS(url string, log *slog.Logger) (*nats.Conn, error) {
+	return nats.Connect(url,
+		nats.Name("goods"),
+		nats.RetryOnFailedConnect(true),
+		nats.MaxReconnects(-1),
+		nats.ReconnectWait(500*time.Millisecond),
+		nats.ReconnectBufSize(-1), // what was not sent is still in the outbox
+		nats.Timeout(2*time.Second),
+		nats.PingInterval(time.Second), // a frozen server is left within three seconds
+		nats.MaxPingsOutstanding(2),
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
+			log.Debug("nats", "err", err)
+		}))
+}

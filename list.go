@@ -1,0 +1,258 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"database/sql"
+	"fmt"
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/lib/pq"
+)
+
+const (
+	maxLimit = 1000
+	// maxRead bounds the goods, and so the memory, of one exchange with the stores.
+	maxRead = 4 * maxLimit
+	// maxPooled is the size in bytes up to which a reply's buffer is kept.
+	maxPooled = 64 << 10
+	// maxDrop is how many positions are deleted from the cache one by one; of
+	// more, raising the epoch is the cheaper way.
+	maxDrop = 10_000
+	// doubtLife is how long a transaction that lost its client may still commit.
+	doubtLife = 3 * time.Second
+)
+
+type listRequest struct {
+	limit  int
+	offset int // the position of the first good, from 1
+}
+
+// page is the answer to a list: the goods as JSON.
+type page struct {
+	total, removed int64
+	goods          [][]byte
+}
+
+func (s *service) list(w http.ResponseWriter, r *http.Request) error {
+	in, err := readInput(w, r)
+	if err != nil {
+		return err
+	}
+	q := listRequest{in.numberOr("limit", 10, maxLimit), in.numberOr("offset", 1, maxInt32)}
+	if err := in.fault(); err != nil {
+		return err
+	}
+	p, err := s.lists.do(r.Context(), q)
+	if err != nil {
+		return err
+	}
+	buf := listBuffers.Get().(*bytes.Buffer)
+	defer func() {
+		if buf.Cap() <= maxPooled {
+			listBuffers.Put(buf)
+		}
+	}()
+	buf.Reset()
+	b := append(buf.AvailableBuffer(), `{"meta":{"total":`...)
+	b = strconv.AppendInt(b, p.total, 10)
+	b = append(b, `,"removed":`...)
+	b = strconv.AppendInt(b, p.removed, 10)
+	b = append(b, `,"limit":`...)
+	b = strconv.AppendInt(b, int64(q.limit), 10)
+	b = append(b, `,"offset":`...)
+	b = strconv.AppendInt(b, int64(q.offset), 10)
+	b = append(b, `},"goods":[`...)
+	buf.Write(b)
+	for i, g := range p.goods {
+		if i > 0 {
+			buf.WriteByte(',')
+		}
+		buf.Write(g)
+	}
+	buf.WriteString("]}\n")
+	writeBody(w, http.StatusOK, buf.Bytes())
+	return nil
+}
+
+var listBuffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+
+// readPages answers a batch of lists. Equal requests share one page.
+func (s *service) readPages(ctx context.Context, requests []listRequest) ([]result[page], error) {
+	results := make([]result[page], len(requests))
+	for begin := 0; begin < len(requests); {
+		end, size := begin+1, requests[begin].limit
+		for end < len(requests) && size+requests[end].limit <= maxRead {
+			size += requests[end].limit
+			end++
+		}
+		if err := s.readTogether(ctx, requests[begin:end], results[begin:end]); err != nil {
+			return nil, err
+		}
+		begin = end
+	}
+	return results, nil
+}
+
+const readMeta = `
+SELECT total, removed, cache_epoch
+FROM meta`
+
+// readTogether reads the counts from Postgres and the goods of all pages from
+// Redis, at the same time, and then what was missing from Postgres.
+func (s *service) readTogether(ctx context.Context, requests []listRequest, results []result[page]) error {
+	pages := make(map[listRequest]int, len(requests)) // to the first result for it
+	index := map[int]int{}                            // from a position to its place in positions
+	var positions []int
+	for i, q := range requests {
+		if _, ok := pages[q]; ok {
+			continue
+		}
+		pages[q] = i
+		for p := q.offset; p < q.offset+q.limit; p++ {
+			if _, ok := index[p]; !ok {
+				index[p] = len(positions)
+				positions = append(positions, p)
+			}
+		}
+	}
+	guess := s.cache.epoch.Load()
+	reading := s.cache.startRead(ctx, guess, positions)
+	var total, removed, epoch int64
+	err := s.db.queryRow(ctx, nil, readMeta, nil, &total, &removed, &epoch)
+	values, cacheErr := reading.wait()
+	if err != nil {
+		return fmt.Errorf("read meta: %w", err)
+	}
+	if epoch != guess {
+		s.cache.epoch.Store(epoch)
+		values, cacheErr = s.cache.startRead(ctx, epoch, positions).wait()
+	}
+	useCache := cacheErr == nil && s.doubtAt.Load() == 0
+	if !useCache {
+		values = make([][]byte, len(positions))
+	}
+	if err := s.fillGaps(ctx, epoch, total, positions, values, useCache); err != nil {
+		return err
+	}
+	for i, q := range requests {
+		if first := pages[q]; first != i {
+			results[i] = results[first]
+			continue
+		}
+		goods := make([][]byte, 0, max(0, min(int64(q.limit), total-int64(q.offset)+1)))
+		for p := q.offset; p < q.offset+q.limit && int64(p) <= total; p++ {
+			if g := values[index[p]]; g != nil {
+				goods = append(goods, g)
+			}
+		}
+		results[i].answer = page{total, removed, goods}
+	}
+	return nil
+}
+
+const readGoods = `
+SELECT ` + goodColumns + `
+FROM goods
+WHERE priority = ANY ($1)`
+
+// fillGaps replaces each value that is not a good by the good that Postgres
+// has at its position, up to the last position, and caches it where the lease
+// allows.
+func (s *service) fillGaps(ctx context.Context, epoch, last int64, positions []int, values [][]byte, useCache bool) error {
+	var missing, free []int // positions to read; those of them that nobody holds a lease on
+	at := map[int]int{}
+	for i, p := range positions {
+		switch {
+		case int64(p) > last:
+			values[i] = nil
+		case !isGood(values[i]):
+			missing = append(missing, p)
+			at[p] = i
+			if values[i] == nil {
+				free = append(free, p)
+			}
+			values[i] = nil
+		}
+	}
+	if useCache {
+		s.counts.cacheMisses.Add(int64(len(missing)))
+		s.counts.cacheHits.Add(min(int64(len(positions)), last) - int64(len(missing)))
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	var l lease
+	if useCache {
+		l, _ = s.cache.lease(ctx, epoch, free) // without it, nothing is filled
+	}
+	goods, err := scanGoods(s.db.query(ctx, nil, readGoods, pq.Array(missing)))
+	if err != nil {
+		return fmt.Errorf("read goods: %w", err)
+	}
+	encoded := make(map[int][]byte, len(goods))
+	for _, g := range goods {
+		b, err := encodeJSON(g)
+		if err != nil {
+			return err
+		}
+		encoded[int(g.Priority)] = b
+		values[at[int(g.Priority)]] = b
+	}
+	if len(l.positions) > 0 {
+		_ = s.cache.fill(ctx, l, encoded) // the next list tries again
+	}
+	return nil
+}
+
+// uncache makes sure that no list shows what the cache holds for positions.
+func (s *service) uncache(positions []int) error {
+	if len(positions) == 0 {
+		return nil
+	}
+	// The caller may be out of time, but the write stands, and must be seen.
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if len(positions) <= maxDrop {
+		// After the commit: readers of a later epoch have seen it.
+		var total, removed, epoch int64
+		if err := s.db.queryRow(ctx, nil, readMeta, nil, &total, &removed, &epoch); err != nil {
+			return fmt.Errorf("read meta: %w", err)
+		}
+		if s.cache.drop(ctx, epoch, positions) == nil {
+			return nil
+		}
+	}
+	return s.raiseEpoch(ctx)
+}
+
+// The clock keeps an epoch from coming back with an old copy of the database.
+const raiseEpoch = `
+UPDATE meta
+SET cache_epoch = greatest(cache_epoch + 1, extract(epoch FROM clock_timestamp())::bigint)`
+
+// raiseEpoch puts everything that is cached out of reach, for every replica.
+func (s *service) raiseEpoch(ctx context.Context) error {
+	return inTx(ctx, s.db, func(tx *sql.Tx) error {
+		if _, err := tx.ExecContext(ctx, raiseEpoch); err != nil {
+			return fmt.Errorf("raise cache epoch: %w", err)
+		}
+		return nil
+	})
+}
+
+// settleDoubt raises the epoch once a write that was left in doubt can no
+// longer be committed behind it. Until then this replica does not use the
+// cache. It is called every second.
+func (s *service) settleDoubt(ctx context.Context) {
+	at := s.doubtAt.Load()
+	if at == 0 || time.Since(time.Unix(0, at)) < doubtLife {
+		return
+	}
+	if s.raiseEpoch(ctx) == nil {
+		s.doubtAt.CompareAndSwap(at, 0)
+	}
+}
