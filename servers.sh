@@ -381,6 +381,8 @@ locked() {
 start_server() {
     local name=$1 pid port began=$SECONDS
     if pid=$(pid_of "$name"); then
+        [[ $(cat ".$name.base") == "$base" ]] ||
+            die "$name: runs here for SERVERS_PORT=$(cat ".$name.base"); stop it first, or choose another SERVERS_DIR"
         signal "$name" CONT
     else
         if [[ $name == postgres ]] && ! "${as_postgres[@]}" test -x "$dir"; then
@@ -394,6 +396,7 @@ start_server() {
             done
             die "$name: port $port is taken; choose others with SERVERS_PORT (seven in a row)"
         done
+        echo "$base" >".$name.base"
         "run_$name" || report "$name" "could not be set up"
         pid=$!
     fi
