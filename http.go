@@ -352,12 +352,19 @@ func loneSurrogate(raw []byte) bool {
 	return false
 }
 
+// missing notes that a field is absent, unless the whole body is unreadable.
+func (in *input) missing(name string) {
+	if in.bad["body"] == "" {
+		in.bad[name] = "is required"
+	}
+}
+
 // name returns the field name, which every good has.
 func (in *input) name() string {
 	s := in.text("name", 255)
 	switch {
 	case s == nil:
-		in.bad["name"] = "is required"
+		in.missing("name")
 		return ""
 	case in.bad["name"] == "" && strings.TrimSpace(*s) == "":
 		in.bad["name"] = "must not be blank"
@@ -369,7 +376,7 @@ func (in *input) name() string {
 func (in *input) integer(name string) int {
 	raw, ok := in.body[name]
 	if !ok {
-		in.bad[name] = "is required"
+		in.missing(name)
 		return 0
 	}
 	n, err := strconv.ParseInt(string(raw), 10, 32)
