@@ -1,0 +1,115 @@
+package main
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// together runs f in n goroutines at once and waits for them.
+func together(n int, f func(i int)) {
+	var all sync.WaitGroup
+	for i := range n {
+		all.Go(func() { f(i) })
+	}
+	all.Wait()
+}
+
+func TestCreatesAtOnce(t *testing.T) {
+	w := newWorld(t)
+	a, b := w.start(t), w.start(t) // two replicas
+	const clients, each = 32, 10
+	var seen sync.Map
+	together(clients, func(i int) {
+		for n := range each {
+			g := []*app{a, b}[i%2].create(t, fmt.Sprintf("%d-%d", i, n))
+			if _, repeated := seen.LoadOrStore(g.Priority, true); repeated || g.Priority < 1 || g.Priority > clients*each {
+				t.Errorf("priority %d was given twice, or is out of range", g.Priority)
+			}
+		}
+	})
+	if n := w.settled(t, 10*time.Second); n != clients*each {
+		t.Errorf("got %d events, want %d", n, clients*each)
+	}
+}
+
+func TestEditsAtOnce(t *testing.T) {
+	w := newWorld(t)
+	a, b := w.start(t), w.start(t)
+	const goods = 40
+	for i := range goods {
+		a.create(t, fmt.Sprint(i))
+	}
+	var created, moved, removed, updated atomic.Int64
+	together(24, func(i int) {
+		service := []*app{a, b}[i%2]
+		for n := range 20 {
+			id := 1 + rand.IntN(goods)
+			target := fmt.Sprintf("?id=%d&projectId=1", id)
+			switch i % 4 {
+			case 0:
+				service.create(t, fmt.Sprintf("new %d-%d", i, n))
+				created.Add(1)
+			case 1:
+				r := service.call(t, "PATCH", "/goods/reprioritize"+target, fmt.Sprintf(`{"newPriority":%d}`, 1+rand.IntN(2*goods)))
+				count(t, &moved, r)
+			case 2:
+				count(t, &updated, service.call(t, "PATCH", "/goods/update"+target, `{"name":"updated"}`))
+			case 3:
+				if n%4 == 0 { // leave some for the others
+					count(t, &removed, service.call(t, "DELETE", "/goods/remove"+target, ""))
+				}
+			}
+			l := service.list(t, 1000, 1)
+			if l.Meta.Total < goods || len(l.Goods) < goods {
+				t.Errorf("a list has %d goods of %+v", len(l.Goods), l.Meta)
+			}
+		}
+	})
+	if got, want := one[int64](t, w, `SELECT count(*) FROM goods`), goods+created.Load(); got != want {
+		t.Errorf("got %d goods, want %d", got, want)
+	}
+	if got := one[int64](t, w, `SELECT count(*) FROM goods WHERE removed`); got != removed.Load() {
+		t.Errorf("got %d removed goods, want %d", got, removed.Load())
+	}
+	w.settled(t, 20*time.Second)
+	t.Logf("%d created, %d moved, %d updated, %d removed", created.Load(), moved.Load(), updated.Load(), removed.Load())
+}
+
+// count counts a success; the only other answer is that the good is removed.
+func count(t testing.TB, n *atomic.Int64, r reply) {
+	t.Helper()
+	switch r.status {
+	case http.StatusOK:
+		n.Add(1)
+	case http.StatusNotFound:
+	default:
+		t.Errorf("got %d %s", r.status, r.body)
+	}
+}
+
+func TestUpdatesOfOneGood(t *testing.T) {
+	w := newWorld(t)
+	a, b := w.start(t), w.start(t)
+	a.create(t, "one")
+	const clients, each = 50, 4
+	together(clients, func(i int) {
+		for n := range each {
+			name := fmt.Sprintf("%d-%d", i, n)
+			g := want[good](t, []*app{a, b}[i%2], 200, "PATCH", "/goods/update?id=1&projectId=1", fmt.Sprintf(`{"name":%q}`, name))
+			if g.Name != name {
+				t.Errorf("got %q, want one's own update %q", g.Name, name)
+			}
+		}
+	})
+	if got := one[int](t, w, `SELECT version FROM goods`); got != 1+clients*each {
+		t.Errorf("got version %d, want %d: an update was lost", got, 1+clients*each)
+	}
+	if n := w.settled(t, 10*time.Second); n != 1+clients*each {
+		t.Errorf("got %d events, want %d", n, 1+clients*each)
+	}
+}
