@@ -46,9 +46,9 @@ type cache struct {
 	failedAt atomic.Int64
 }
 
-// fillScript sets KEYS[i] to ARGV[i+2] for ARGV[2] milliseconds wherever the
+// fillSource sets KEYS[i] to ARGV[i+2] for ARGV[2] milliseconds wherever the
 // lease ARGV[1] still stands, and returns how many that were.
-var fillScript = redis.NewScript(-1, `
+const fillSource = `
 local filled = 0
 for i, key in ipairs(KEYS) do
 	if redis.call('GET', key) == ARGV[1] then
@@ -56,7 +56,9 @@ for i, key in ipairs(KEYS) do
 		filled = filled + 1
 	end
 end
-return filled`)
+return filled`
+
+var fillScript = redis.NewScript(-1, fillSource)
 
 func newCache(url, namespace string, health *dependency, counts *metrics) *cache {
 	c := &cache{prefix: namespace + ":", health: health, counts: counts}
