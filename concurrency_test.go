@@ -113,3 +113,22 @@ func TestUpdatesOfOneGood(t *testing.T) {
 		t.Errorf("got %d events, want %d", n, 1+clients*each)
 	}
 }
+
+// Without the lock between reading and writing, a good is removed twice.
+func TestRemovesOfOneGood(t *testing.T) {
+	w := newWorld(t)
+	a, b := w.start(t), w.start(t)
+	const goods = 30
+	for i := range goods {
+		a.create(t, fmt.Sprint(i))
+	}
+	for id := 1; id <= goods; id++ {
+		var removed atomic.Int64
+		path := fmt.Sprintf("/goods/remove?id=%d&projectId=1", id)
+		together(8, func(i int) { count(t, &removed, []*app{a, b}[i%2].call(t, "DELETE", path, "")) })
+		if removed.Load() != 1 {
+			t.Errorf("good %d was removed %d times", id, removed.Load())
+		}
+	}
+	w.settled(t, 10*time.Second)
+}

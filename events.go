@@ -210,6 +210,8 @@ func (p *pipeline) connect(ctx context.Context) (jetstream.Consumer, error) {
 			Storage:   jetstream.FileStorage,
 			MaxMsgs:   streamLimit,
 			Replicas:  p.replicas,
+			// Shorter than lostAfter: NATS must take again what it has lost.
+			Duplicates: lostAfter / 2,
 		})
 		if err == nil {
 			err = p.requeue(ctx, 0)
