@@ -117,7 +117,7 @@ test: ## run the tests with the race detector; TESTFLAGS='-run Name -v'
 	$(contained)
 	$(compiler)
 	$(servers)
-	go test -race -count=1 -timeout=10m $(TESTFLAGS) ./...
+	go test -race -count=1 -parallel=4 -timeout=10m $(TESTFLAGS) ./...
 
 .PHONY: lint
 lint: ## gofmt, go vet, staticcheck; shellcheck where it is installed

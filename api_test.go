@@ -27,6 +27,7 @@ func (a *app) refused(t testing.TB, status, code int, message, method, path, bod
 }
 
 func TestCalls(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a := w.start(t)
 
@@ -93,6 +94,7 @@ func TestCalls(t *testing.T) {
 }
 
 func TestListPages(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a := w.start(t)
 	if r := a.call(t, "GET", "/goods/list", ""); r.body != `{"meta":{"total":0,"removed":0,"limit":10,"offset":1},"goods":[]}`+"\n" {
@@ -122,6 +124,7 @@ func TestListPages(t *testing.T) {
 }
 
 func TestRefusals(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a := w.start(t)
 	a.create(t, "one")
@@ -173,6 +176,7 @@ func (w *world) snapshot(t testing.TB) string {
 func errorOf[T any](_ T, err error) error { return err }
 
 func TestBadRequests(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a := w.start(t)
 	a.create(t, "one")
@@ -275,6 +279,7 @@ func TestBadRequests(t *testing.T) {
 }
 
 func TestLargestRequests(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a := w.start(t)
 	name, description := strings.Repeat("é", 255), strings.Repeat("日", 10000)

@@ -30,6 +30,7 @@ func (w *world) redisDo(t testing.TB, command string, args ...any) any {
 }
 
 func TestCacheEntries(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a, b := w.start(t), w.start(t)
 	for i := range 3 {
@@ -80,6 +81,7 @@ func TestCacheEntries(t *testing.T) {
 
 // Values that are no goods are read around, whatever they are.
 func TestCacheStrangeValues(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a := w.start(t)
 	for i := range 4 {
@@ -101,6 +103,7 @@ func TestCacheStrangeValues(t *testing.T) {
 // A reader is held between its read of Postgres and its fill, while a writer
 // commits: the fill comes too late, and must not be kept.
 func TestCacheRefusesStaleFill(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	p := newProxy(t, w.env["REDIS_URL"])
 	held := p.hold("EVALSHA")
@@ -128,6 +131,7 @@ func TestCacheRefusesStaleFill(t *testing.T) {
 // A replica that can not reach Redis writes, while another has cached what it
 // overwrites: the other's lists must show the write all the same.
 func TestCacheWriterWithoutRedis(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	p := newProxy(t, w.env["REDIS_URL"])
 	cut, other := w.start(t, "REDIS_URL=redis://"+p.addr), w.start(t)
@@ -147,6 +151,7 @@ func TestCacheWriterWithoutRedis(t *testing.T) {
 }
 
 func TestCacheReadersAndWriters(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a, b := w.start(t), w.start(t)
 	const goods = 12
@@ -193,6 +198,7 @@ func TestCacheReadersAndWriters(t *testing.T) {
 // Redis is optional: without it, or with something else in its place, every
 // call is served, and none waits long for it.
 func TestWithoutRedis(t *testing.T) {
+	t.Parallel()
 	for name, serve := range map[string]func(net.Conn){
 		"stopped": nil,
 		"frozen":  func(c net.Conn) { _, _ = io.Copy(io.Discard, c) },
@@ -208,6 +214,7 @@ func TestWithoutRedis(t *testing.T) {
 		"another protocol": func(c net.Conn) { _, _ = c.Write([]byte("HTTP/1.1 400 Bad Request\r\n\r\n")) },
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			listener, err := net.Listen("tcp", "127.0.0.1:0")
 			must(t, err)
 			if serve == nil {

@@ -20,6 +20,7 @@ func together(n int, f func(i int)) {
 }
 
 func TestCreatesAtOnce(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a, b := w.start(t), w.start(t) // two replicas
 	const clients, each = 32, 10
@@ -38,6 +39,7 @@ func TestCreatesAtOnce(t *testing.T) {
 }
 
 func TestEditsAtOnce(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a, b := w.start(t), w.start(t)
 	const goods = 40
@@ -93,6 +95,7 @@ func count(t testing.TB, n *atomic.Int64, r reply) {
 }
 
 func TestUpdatesOfOneGood(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a, b := w.start(t), w.start(t)
 	a.create(t, "one")
@@ -116,6 +119,7 @@ func TestUpdatesOfOneGood(t *testing.T) {
 
 // Without the lock between reading and writing, a good is removed twice.
 func TestRemovesOfOneGood(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a, b := w.start(t), w.start(t)
 	const goods = 30

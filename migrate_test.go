@@ -44,6 +44,7 @@ func (w *world) postgres(t testing.TB) *database {
 }
 
 func TestMigrateFromManyInstances(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	var log logBuffer
 	var all sync.WaitGroup
@@ -86,6 +87,7 @@ func TestMigrateFromManyInstances(t *testing.T) {
 }
 
 func TestMigrateRefusals(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	quiet := slog.New(slog.DiscardHandler)
 	w := newWorld(t)
@@ -125,6 +127,7 @@ func TestMigrateRefusals(t *testing.T) {
 }
 
 func TestMigrateClickHouse(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	quiet := slog.New(slog.DiscardHandler)
 	w := newWorld(t)
@@ -157,6 +160,7 @@ func TestMigrateClickHouse(t *testing.T) {
 }
 
 func TestMigrateCommands(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	for _, database := range []string{"postgres", "clickhouse"} {
 		for _, want := range []int{1, 0} {
@@ -174,6 +178,7 @@ func TestMigrateCommands(t *testing.T) {
 
 // What the triggers promise holds for whoever writes, also by hand.
 func TestTriggers(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	must(t, migratePostgres(context.Background(), w.postgres(t), migrations, slog.New(slog.DiscardHandler)))
 	run := func(query string) {
@@ -218,4 +223,3 @@ func TestTriggers(t *testing.T) {
 	}
 	check("refused statements", "1@1v3 2@2v3 3@3v2 total 3 removed 2 outbox 8")
 }
-
