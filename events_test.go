@@ -151,7 +151,7 @@ func TestEventsTwice(t *testing.T) {
 
 	// The mark was lost: the relay publishes again, and NATS knows the names.
 	must(t, errorOf(w.db.Exec(`UPDATE outbox SET published_at = NULL`)))
-	stream = w.waiting(t, 5)
+	w.waiting(t, 5)
 
 	// NATS has forgotten the names: the same events are in the stream twice.
 	first := stream.CachedInfo().State.FirstSeq
