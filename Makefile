@@ -13,6 +13,7 @@ TESTFLAGS ?=
 MINUTES ?= 5
 FUZZTIME ?= 30s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+REDOCLY = @redocly/cli@1.34.21
 
 export HTTP_ADDR
 
@@ -120,11 +121,13 @@ test: ## run the tests with the race detector; TESTFLAGS='-run Name -v'
 	go test -race -count=1 -parallel=4 -timeout=10m $(TESTFLAGS) ./...
 
 .PHONY: lint
-lint: ## gofmt, go vet, staticcheck; shellcheck where it is installed
+lint: ## gofmt, go vet, staticcheck, Redocly, promtool; shellcheck where it is installed
 	unformatted=$$(gofmt -l .)
 	[[ ! "$$unformatted" ]] || { echo "not formatted with gofmt:" $$unformatted; exit 1; }
 	go vet ./...
 	go run $(STATICCHECK) ./...
+	command -v npx >/dev/null || ./servers.sh install npm
+	REDOCLY_TELEMETRY=off REDOCLY_SUPPRESS_UPDATE_NOTICE=true npx --yes $(REDOCLY) lint --skip-rule info-license openapi.yaml
 	if command -v shellcheck >/dev/null; then shellcheck servers.sh .ci/run; fi
 
 .PHONY: bench

@@ -8,7 +8,7 @@ usage() {
     cat <<'END'
 usage: ./servers.sh COMMAND [ARGUMENT...]
 
-  install [package...]  install the missing servers, and these packages, with apt
+  install [package...]  install these packages, or the missing servers, with apt
   start [server...]     start what does not run, and wait until it answers
   stop [server...]      stop, and wait until it has ended
   pause [server...]     freeze every process of a server (SIGSTOP)
@@ -117,7 +117,7 @@ install() {
 
     command -v apt-get >/dev/null || die "missing: ${want[*]}; there is no apt-get here to install them with"
     if ((EUID == 0)); then
-        install_as_root "${missing[*]}" "${want[@]}"
+        install_as_root "${want[@]}"
     elif command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [[ -t 0 && -t 2 ]]; }; then
         echo "+ sudo apt-get install -y --no-install-recommends ${want[*]}"
         sudo "$(realpath "$0")" install "${@:2}"
@@ -126,13 +126,12 @@ install() {
     fi
 }
 
-# install_as_root installs the packages from $2 on. $1 names those of them that bring a system-wide server.
-# That server must neither start now (policy-rc.d) nor at the next boot (disable), and Postgres must
-# not create its "main" cluster: this script starts servers of its own, and only those.
+# install_as_root installs packages. A system-wide server among them must neither start now (policy-rc.d) nor at the
+# next boot (disable), and Postgres must not create its "main" cluster: this script starts servers of its own, and
+# only those.
 install_as_root() (
-    local units=$1 policy=/usr/sbin/policy-rc.d cluster=/etc/postgresql-common/createcluster.d/goods.conf package
+    local policy=/usr/sbin/policy-rc.d cluster=/etc/postgresql-common/createcluster.d/goods.conf package
     local made=()
-    shift
     trap '((${#made[@]} == 0)) || rm -f "${made[@]}"' EXIT
     trap 'exit 130' INT TERM
     if [[ ! -e $policy ]]; then
@@ -140,7 +139,7 @@ install_as_root() (
         printf '#!/bin/sh\nexit 101\n' >$policy
         chmod 755 $policy
     fi
-    if [[ " $units " == *' postgresql '* ]]; then
+    if [[ " $* " == *' postgresql '* ]]; then
         made+=("$cluster")
         mkdir -p "${cluster%/*}"
         echo 'create_main_cluster = false' >$cluster
@@ -167,7 +166,7 @@ install_as_root() (
 
     local now=()
     [[ ! -d /run/systemd/system ]] || now=(--now) # an existing policy-rc.d may have let it start
-    for package in $units; do
+    for package; do
         if command -v systemctl >/dev/null; then
             systemctl disable --quiet "${now[@]}" "$package"
         else
@@ -461,7 +460,7 @@ main() {
     shift
     settings
     if [[ $command == install ]]; then
-        install "${all[*]}" "$@"
+        if (($#)); then install "" "$@"; else install "${all[*]}"; fi
         return
     fi
     for name; do
