@@ -13,7 +13,7 @@ TESTFLAGS ?=
 MINUTES ?= 5
 FUZZTIME ?= 30s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
-REDOCLY = @redocly/cli@1.34.21
+REDOCLY = @redocly/cli@1.34.5
 
 export HTTP_ADDR
 
