@@ -53,7 +53,7 @@ func (e *event) valid() bool {
 // outbox row goes only when ClickHouse holds its event, so NATS may lose
 // everything: what is still in the outbox travels again. Repeats are harmless.
 type pipeline struct {
-	db         *database
+	db         *database // commits of its own: losing one in a crash only repeats work
 	nats       *nats.Conn
 	js         jetstream.JetStream
 	clickhouse clickhouse.Conn
@@ -86,109 +86,111 @@ func (p *pipeline) wake() {
 func (p *pipeline) relay(ctx context.Context) {
 	for ctx.Err() == nil {
 		n, err := p.publish(ctx)
-		if ctx.Err() != nil {
-			return
+		if err != nil && ctx.Err() == nil {
+			p.log.Debug("relay failed", "err", err)
+			_, _ = p.connect(ctx) // the stream may be gone; the next round tells
 		}
 		if n == relayBatch {
 			continue
 		}
+		nudge := p.nudge
 		if err != nil {
-			p.log.Debug("relay failed", "err", err)
-			_, _ = p.connect(ctx) // the stream may be gone; the next round tells
-		} else {
-			select {
-			case <-p.nudge:
-				// One write seldom comes alone: a moment's wait saves transactions.
-				pause(ctx, relaySettle)
-				continue
-			default:
-			}
+			nudge = nil // writes go on meanwhile; they must not hurry the next try
 		}
 		select {
 		case <-ctx.Done():
-		case <-p.nudge:
-			pause(ctx, relaySettle)
+		case <-nudge:
+			pause(ctx, relaySettle) // one write seldom comes alone
 		case <-time.After(relayPoll/2 + rand.N(relayPoll)):
 		}
 	}
 }
 
-const claimEvents = `
-SELECT id, good_id, project_id, name, description, priority, removed, version, event_time
-FROM outbox
-WHERE published_at IS NULL
-ORDER BY id
-LIMIT $1
-FOR UPDATE SKIP LOCKED`
-
-// Losing this mark in a crash only repeats a publish.
-const markEvents = `
-UPDATE outbox
-SET published_at = now()
-WHERE id = ANY ($1)`
-
 // publish claims, publishes and marks one batch, and returns its size. The
 // rows stay locked until NATS has acknowledged all of them.
-func (p *pipeline) publish(ctx context.Context) (int, error) {
+func (p *pipeline) publish(ctx context.Context) (n int, err error) {
 	if !p.nats.IsConnected() {
 		p.natsUp.report("relay", nats.ErrDisconnected)
 		return 0, nats.ErrDisconnected
 	}
 	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
 	defer cancel()
-	var ids []int64
-	err := inTx(ctx, p.db, func(tx *sql.Tx) error {
-		if _, err := tx.ExecContext(ctx, `SET LOCAL synchronous_commit = off`); err != nil {
-			return err
-		}
-		rows, err := tx.QueryContext(ctx, claimEvents, relayBatch)
+	err = inTx(ctx, p.db, func(tx *sql.Tx) error {
+		events, err := p.claim(ctx, tx)
 		if err != nil {
 			return fmt.Errorf("claim events: %w", err)
 		}
-		var acks []jetstream.PubAckFuture
-		var failed error
-		defer func() { p.natsUp.report("relay", failed) }()
-		for rows.Next() {
-			var e event
-			if err := rows.Scan(&e.Outbox, &e.ID, &e.ProjectID, &e.Name, &e.Description, &e.Priority, &e.Removed, &e.Version, &e.Time); err != nil {
-				return errors.Join(err, rows.Close())
-			}
-			data, err := json.Marshal(e)
-			if err != nil {
-				return errors.Join(err, rows.Close())
-			}
-			ack, err := p.js.PublishAsync(p.subject(), data, jetstream.WithMsgID(fmt.Sprintf("%d-%d", e.ID, e.Version)))
-			if err != nil {
-				failed = fmt.Errorf("publish: %w", err)
-				return errors.Join(failed, rows.Close())
-			}
-			ids, acks = append(ids, e.Outbox), append(acks, ack)
+		err = p.send(ctx, events)
+		p.natsUp.report("relay", err)
+		if err != nil || len(events) == 0 {
+			return err
 		}
-		if err := rows.Err(); err != nil {
-			return fmt.Errorf("claim events: %w", err)
-		}
-		for _, ack := range acks {
-			select {
-			case <-ack.Ok():
-			case err := <-ack.Err():
-				failed = fmt.Errorf("publish: %w", err)
-				return failed
-			case <-ctx.Done():
-				failed = fmt.Errorf("publish: %w", ctx.Err())
-				return failed
-			}
-		}
-		if len(ids) == 0 {
-			return nil
-		}
-		_, err = tx.ExecContext(ctx, markEvents, pq.Array(ids))
+		const mark = `
+UPDATE outbox
+SET published_at = now()
+WHERE id = ANY ($1)`
+		n = len(events)
+		_, err = tx.ExecContext(ctx, mark, outboxIDs(events))
 		return err
 	})
+	return n, err
+}
+
+func (p *pipeline) claim(ctx context.Context, tx *sql.Tx) ([]event, error) {
+	const claim = `
+SELECT id, good_id, project_id, name, description, priority, removed, version, event_time
+FROM outbox
+WHERE published_at IS NULL
+ORDER BY id
+LIMIT $1
+FOR UPDATE SKIP LOCKED`
+	rows, err := p.db.query(ctx, tx, claim, relayBatch)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
-	p.counts.published.Add(int64(len(ids)))
-	return len(ids), nil
+	defer rows.Close()
+	var events []event
+	for rows.Next() {
+		var e event
+		if err := rows.Scan(&e.Outbox, &e.ID, &e.ProjectID, &e.Name, &e.Description, &e.Priority, &e.Removed, &e.Version, &e.Time); err != nil {
+			return nil, err
+		}
+		events = append(events, e)
+	}
+	return events, rows.Err()
+}
+
+// send publishes events and waits until NATS has acknowledged each.
+func (p *pipeline) send(ctx context.Context, events []event) error {
+	acks := make([]jetstream.PubAckFuture, len(events))
+	for i, e := range events {
+		data, err := json.Marshal(e)
+		if err != nil {
+			return err
+		}
+		if acks[i], err = p.js.PublishAsync(p.subject(), data, jetstream.WithMsgID(fmt.Sprintf("%d-%d", e.ID, e.Version))); err != nil {
+			return fmt.Errorf("publish: %w", err)
+		}
+	}
+	for _, ack := range acks {
+		select {
+		case <-ack.Ok():
+		case err := <-ack.Err():
+			return fmt.Errorf("publish: %w", err)
+		case <-ctx.Done():
+			return fmt.Errorf("publish: %w", ctx.Err())
+		}
+	}
+	p.counts.published.Add(int64(len(events)))
+	return nil
+}
+
+func outboxIDs(events []event) any {
+	ids := make([]int64, len(events))
+	for i, e := range events {
+		ids[i] = e.Outbox
+	}
+	return pq.Array(ids)
 }
 
 // connect finds or creates the stream and its consumer. When the stream had
@@ -236,25 +238,22 @@ func (p *pipeline) connect(ctx context.Context) (jetstream.Consumer, error) {
 	return consumer, nil
 }
 
-const requeueEvents = `
+// requeue has what was published at least age ago published again.
+func (p *pipeline) requeue(ctx context.Context, age time.Duration) error {
+	const requeue = `
 UPDATE outbox
 SET published_at = NULL
 WHERE published_at <= now() - $1 * interval '1 second'`
-
-// requeue publishes again what was published at least age ago.
-func (p *pipeline) requeue(ctx context.Context, age time.Duration) error {
-	return inTx(ctx, p.db, func(tx *sql.Tx) error {
-		done, err := tx.ExecContext(ctx, requeueEvents, age.Seconds())
-		if err != nil {
-			return fmt.Errorf("requeue events: %w", err)
-		}
-		if n, _ := done.RowsAffected(); n > 0 {
-			p.log.Warn("events lost by nats travel again", "events", n)
-			p.counts.requeued.Add(n)
-			p.wake()
-		}
-		return nil
-	})
+	done, err := p.db.ExecContext(ctx, requeue, age.Seconds())
+	if err != nil {
+		return fmt.Errorf("requeue events: %w", err)
+	}
+	if n, _ := done.RowsAffected(); n > 0 {
+		p.log.Warn("events lost by nats travel again", "events", n)
+		p.counts.requeued.Add(n)
+		p.wake()
+	}
+	return nil
 }
 
 // drain moves events from NATS into ClickHouse, until ctx ends. Replicas share
@@ -342,14 +341,7 @@ func (p *pipeline) store(ctx context.Context, messages []jetstream.Msg) {
 		for _, m := range good {
 			_ = m.InProgress() // else another replica gets them meanwhile
 		}
-		err := p.insert(ctx, events)
-		if ctx.Err() == nil {
-			p.chUp.report("insert", err)
-		}
-		if err != nil {
-			p.counts.insertFailures.Add(1)
-		}
-		return err
+		return p.insert(ctx, events)
 	}) && p.retry(ctx, func() error { return p.forget(ctx, events) })
 	for _, m := range good {
 		// An acknowledgement that is lost only repeats the event.
@@ -361,52 +353,51 @@ func (p *pipeline) store(ctx context.Context, messages []jetstream.Msg) {
 	}
 }
 
-const insertEvents = `INSERT INTO goods_log (Id, ProjectId, Name, Description, Priority, Removed, EventTime, Version)`
-
-func (p *pipeline) insert(ctx context.Context, events []event) error {
-	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
+// insert adds events to ClickHouse in one INSERT.
+func (p *pipeline) insert(ctx context.Context, events []event) (err error) {
+	limited, cancel := context.WithTimeout(ctx, eventTimeout)
 	defer cancel()
-	batch, err := p.clickhouse.PrepareBatch(ctx, insertEvents)
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("insert events: %w", err)
+			p.counts.insertFailures.Add(1)
+		}
+		if ctx.Err() == nil {
+			p.chUp.report("insert", err)
+		}
+	}()
+	const insert = `INSERT INTO goods_log (Id, ProjectId, Name, Description, Priority, Removed, EventTime, Version)`
+	batch, err := p.clickhouse.PrepareBatch(limited, insert)
 	if err != nil {
-		return fmt.Errorf("insert events: %w", err)
+		return err
 	}
 	defer batch.Close()
 	for _, e := range events {
-		var removed uint8
+		removed := uint8(0) // ClickHouse 18.16 has no Bool
 		if e.Removed {
 			removed = 1
 		}
 		if err := batch.Append(e.ID, e.ProjectID, e.Name, e.Description, e.Priority, removed, e.Time.UTC(), uint32(e.Version)); err != nil {
-			return fmt.Errorf("insert events: %w", err)
+			return err
 		}
 	}
 	if err := batch.Send(); err != nil {
-		return fmt.Errorf("insert events: %w", err)
+		return err
 	}
 	p.counts.inserted.Add(int64(len(events)))
 	p.counts.batches.Add(1)
 	return nil
 }
 
-// Losing this in a crash only repeats the events.
-const deleteEvents = `
-DELETE FROM outbox
-WHERE id = ANY ($1)`
-
+// forget deletes the outbox rows of events that ClickHouse holds.
 func (p *pipeline) forget(ctx context.Context, events []event) error {
 	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
 	defer cancel()
-	ids := make([]int64, len(events))
-	for i, e := range events {
-		ids[i] = e.Outbox
-	}
-	return inTx(ctx, p.db, func(tx *sql.Tx) error {
-		if _, err := tx.ExecContext(ctx, `SET LOCAL synchronous_commit = off`); err != nil {
-			return err
-		}
-		_, err := tx.ExecContext(ctx, deleteEvents, pq.Array(ids))
-		return err
-	})
+	const forget = `
+DELETE FROM outbox
+WHERE id = ANY ($1)`
+	_, err := p.db.ExecContext(ctx, forget, outboxIDs(events))
+	return err
 }
 
 // find looks for events that NATS lost: the consumer has nothing left, and

@@ -34,6 +34,18 @@ func (w *world) waiting(t testing.TB, n int) jetstream.Stream {
 	return stream
 }
 
+// emptied waits until every message in the stream is acknowledged.
+func (w *world) emptied(t testing.TB) {
+	t.Helper()
+	eventually(t, 30*time.Second, func() error {
+		s, err := w.js.Stream(context.Background(), w.stream())
+		if err == nil && s.CachedInfo().State.Msgs > 0 {
+			err = fmt.Errorf("%d messages are left", s.CachedInfo().State.Msgs)
+		}
+		return err
+	})
+}
+
 // insertSizes returns the rows of each INSERT that ClickHouse has seen.
 func (w *world) insertSizes(t testing.TB) []int {
 	t.Helper()
@@ -163,13 +175,7 @@ func TestEventsTwice(t *testing.T) {
 	w.waiting(t, 10)
 	must(t, a.stop())
 	w.start(t)
-	eventually(t, 20*time.Second, func() error {
-		s, err := w.js.Stream(ctx, w.stream())
-		if err == nil && s.CachedInfo().State.Msgs > 0 {
-			err = fmt.Errorf("%d messages are left", s.CachedInfo().State.Msgs)
-		}
-		return err
-	})
+	w.emptied(t)
 	if n := w.settled(t, 5*time.Second); n != 5 {
 		t.Errorf("got %d distinct events, want 5", n)
 	}
@@ -215,7 +221,8 @@ func TestEventsKilledBetweenInsertAndAck(t *testing.T) {
 	must(t, tx.Rollback())
 
 	w.start(t)
-	if n := w.settled(t, 30*time.Second); n != 5 {
+	w.emptied(t)
+	if n := w.settled(t, 5*time.Second); n != 5 {
 		t.Errorf("got %d distinct events, want 5", n)
 	}
 	if got := len(w.insertSizes(t)); got < 2 {
@@ -248,15 +255,7 @@ func TestEventsGarbage(t *testing.T) {
 	if !strings.Contains(a.log.String(), strings.Repeat("x", 100_000)) {
 		t.Error("the log does not have the whole message")
 	}
-	s, err := w.js.Stream(ctx, w.stream())
-	must(t, err)
-	eventually(t, 5*time.Second, func() error {
-		info, err := s.Info(ctx)
-		if err == nil && info.State.Msgs > 0 {
-			err = fmt.Errorf("%d messages are left", info.State.Msgs)
-		}
-		return err
-	})
+	w.emptied(t)
 }
 
 // Writes made by hand are logged like any other.

@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"database/sql"
 	"fmt"
 	"net/http"
 	"strconv"
@@ -165,11 +164,14 @@ WHERE priority = ANY ($1)`
 func (s *service) fillGaps(ctx context.Context, epoch, last int64, positions []int, values [][]byte, useCache bool) error {
 	var missing, free []int // positions to read; those of them that nobody holds a lease on
 	at := map[int]int{}
+	hits := 0
 	for i, p := range positions {
 		switch {
 		case int64(p) > last:
 			values[i] = nil
-		case !isGood(values[i]):
+		case isGood(values[i]):
+			hits++
+		default:
 			missing = append(missing, p)
 			at[p] = i
 			if values[i] == nil {
@@ -180,7 +182,7 @@ func (s *service) fillGaps(ctx context.Context, epoch, last int64, positions []i
 	}
 	if useCache {
 		s.counts.cacheMisses.Add(int64(len(missing)))
-		s.counts.cacheHits.Add(min(int64(len(positions)), last) - int64(len(missing)))
+		s.counts.cacheHits.Add(int64(hits))
 	}
 	if len(missing) == 0 {
 		return nil
@@ -236,12 +238,11 @@ SET cache_epoch = greatest(cache_epoch + 1, extract(epoch FROM clock_timestamp()
 
 // raiseEpoch puts everything that is cached out of reach, for every replica.
 func (s *service) raiseEpoch(ctx context.Context) error {
-	return inTx(ctx, s.db, func(tx *sql.Tx) error {
-		if _, err := tx.ExecContext(ctx, raiseEpoch); err != nil {
-			return fmt.Errorf("raise cache epoch: %w", err)
-		}
-		return nil
-	})
+	_, err := s.db.ExecContext(ctx, raiseEpoch) // to repeat it is harmless
+	if err != nil {
+		return fmt.Errorf("raise cache epoch: %w", err)
+	}
+	return nil
 }
 
 // settleDoubt raises the epoch once a write that was left in doubt can no

@@ -296,6 +296,11 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		return err
 	}
 	defer slow.Close()
+	loose, err := openPostgres(cfg.postgres, eventTimeout, "synchronous_commit=off")
+	if err != nil {
+		return err
+	}
+	defer loose.Close()
 	nc, err := openNATS(cfg.nats, log)
 	if err != nil {
 		return fmt.Errorf("NATS_URL: %w", err)
@@ -314,7 +319,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	counts := newMetrics(db)
 	health := newHealth(log)
 	events := &pipeline{
-		db: db, nats: nc, js: js, clickhouse: ch,
+		db: loose, nats: nc, js: js, clickhouse: ch,
 		stream: strings.ToUpper(cfg.namespace), replicas: cfg.natsReplicas, batch: cfg.eventsBatch,
 		log: log, counts: counts, natsUp: health.nats, chUp: health.clickhouse,
 		nudge: make(chan struct{}, 1),

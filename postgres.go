@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -19,8 +20,9 @@ import (
 const postgresConns = 16
 
 // openPostgres returns a pool whose statements, and waits for the server, end
-// after limit; waits for a lock after a quarter of it. It does not connect.
-func openPostgres(url string, limit time.Duration) (*database, error) {
+// after limit; waits for a lock after a quarter of it. Settings such as
+// "synchronous_commit=off" apply to its sessions. It does not connect.
+func openPostgres(url string, limit time.Duration, settings ...string) (*database, error) {
 	cfg, err := pq.NewConfig(url)
 	if err != nil {
 		return nil, err
@@ -34,6 +36,10 @@ func openPostgres(url string, limit time.Duration) (*database, error) {
 	cfg.Runtime["statement_timeout"] = strconv.FormatInt(limit.Milliseconds(), 10)
 	cfg.Runtime["lock_timeout"] = strconv.FormatInt((limit / 4).Milliseconds(), 10)
 	cfg.Runtime["TimeZone"] = "UTC"
+	for _, s := range settings {
+		name, value, _ := strings.Cut(s, "=")
+		cfg.Runtime[name] = value
+	}
 	connector, err := pq.NewConnectorConfig(cfg)
 	if err != nil {
 		return nil, err
