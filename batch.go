@@ -64,9 +64,12 @@ func (b *batcher[Q, A]) close() {
 	b.workers.Wait()
 }
 
-// do answers one request, in company or alone. When ctx ends first, a request
-// that has not begun is dropped; one that has begun is finished unheard.
+// do answers one request, in company or alone, or fails after answerWithin.
+// When ctx ends first, a request that has not begun is dropped; one that has
+// begun is finished unheard.
 func (b *batcher[Q, A]) do(ctx context.Context, request Q) (A, error) {
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
 	c := &call[Q, A]{ctx: ctx, request: request, done: make(chan result[A], 1)}
 	var none A
 	select {

@@ -352,9 +352,11 @@ func (s *service) reprioritize(w http.ResponseWriter, r *http.Request) error {
 	if err := in.fault(); err != nil {
 		return err
 	}
-	places, err := s.move(r.Context(), s.db, t, to, longMove)
+	ctx, cancel := context.WithTimeout(r.Context(), answerWithin)
+	defer cancel()
+	places, err := s.move(ctx, s.db, t, to, longMove)
 	if errors.Is(err, errLongMove) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), slowLimit)
+		ctx, cancel := context.WithTimeout(r.Context(), slowLimit)
 		defer cancel()
 		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(2 * slowLimit))
 		places, err = s.move(ctx, s.slow, t, to, maxInt32)

@@ -91,18 +91,16 @@ func (s *service) newHandler(routes []route) http.Handler {
 	})
 }
 
-// answer adapts a handler: it limits its time, turns its error into a reply,
-// survives its panic, and counts and logs the request once.
+// answer adapts a handler: it turns its error into a reply, survives its
+// panic, and counts and logs the request once.
 func (s *service) answer(route string, handler func(http.ResponseWriter, *http.Request) error) http.Handler {
 	observed := s.counts.route(route)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
 		id := requestID(r)
 		w.Header().Set("X-Request-Id", id)
-		ctx, cancel := context.WithTimeout(r.Context(), answerWithin)
-		defer cancel()
 		reply := &recorder{ResponseWriter: w, status: http.StatusOK}
-		err := safely(func() error { return handler(reply, r.WithContext(ctx)) })
+		err := safely(func() error { return handler(reply, r) })
 		if err != nil && errors.Is(r.Context().Err(), context.Canceled) {
 			reply.status = 499 // the client went away: nobody is told
 		} else if err != nil {
@@ -110,7 +108,7 @@ func (s *service) answer(route string, handler func(http.ResponseWriter, *http.R
 		}
 		took := time.Since(start)
 		observed.observe(reply.status, took)
-		s.log.Debug("request", "id", id, "method", r.Method, "path", r.URL.Path, "status", reply.status, "took", took, "err", err)
+		s.log.Debug("request", "id", id, "method", r.Method, "path", r.URL.Path, "status", reply.status, "seconds", took.Seconds(), "err", err)
 	})
 }
 
