@@ -418,15 +418,6 @@ func (p *pipeline) find(ctx context.Context) error {
 	return p.requeue(ctx, lostAfter)
 }
 
-// backlog returns how many messages are in the stream.
-func (p *pipeline) backlog(ctx context.Context) (int64, error) {
-	stream, err := p.js.Stream(ctx, p.stream)
-	if err != nil {
-		return 0, err
-	}
-	return int64(stream.CachedInfo().State.Msgs), nil
-}
-
 // retry repeats f with growing pauses until it succeeds; false means that ctx
 // ended first.
 func (p *pipeline) retry(ctx context.Context, f func() error) bool {
@@ -447,21 +438,4 @@ func pause(ctx context.Context, d time.Duration) {
 	case <-ctx.Done():
 	case <-time.After(d):
 	}
-}
-
-// openNATS returns a connection that is made, and made again, in the
-// background. Only a bad URL is an error.
-func openNATS(url string, log *slog.Logger) (*nats.Conn, error) {
-	return nats.Connect(url,
-		nats.Name("goods"),
-		nats.RetryOnFailedConnect(true),
-		nats.MaxReconnects(-1),
-		nats.ReconnectWait(500*time.Millisecond),
-		nats.ReconnectBufSize(-1), // what was not sent is still in the outbox
-		nats.Timeout(2*time.Second),
-		nats.PingInterval(time.Second), // a frozen server is left within three seconds
-		nats.MaxPingsOutstanding(2),
-		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
-			log.Debug("nats", "err", err)
-		}))
 }

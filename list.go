@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"context"
+	"database/sql"
+	"errors"
 	"fmt"
 	"net/http"
 	"strconv"
@@ -208,6 +210,28 @@ func (s *service) fillGaps(ctx context.Context, epoch, last int64, positions []i
 		_ = s.cache.fill(ctx, l, encoded) // the next list tries again
 	}
 	return nil
+}
+
+// write runs f in one transaction of db, and then makes what it wrote visible:
+// before write returns, no list of any replica will show the goods at the
+// positions that f returns as they were. When that, or the transaction itself,
+// ends in doubt, the error is errOutcomeUnknown, and see settleDoubt.
+func (s *service) write(ctx context.Context, db *database, f func(tx *sql.Tx) ([]int, error)) error {
+	var positions []int
+	err := inTx(ctx, db, func(tx *sql.Tx) (err error) {
+		positions, err = f(tx)
+		return err
+	})
+	if err == nil {
+		s.wake()
+		if err = s.uncache(positions); err != nil {
+			err = fmt.Errorf("%w: %w", errOutcomeUnknown, err)
+		}
+	}
+	if errors.Is(err, errOutcomeUnknown) {
+		s.doubtAt.Store(time.Now().UnixNano())
+	}
+	return err
 }
 
 // uncache makes sure that no list shows what the cache holds for positions.

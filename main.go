@@ -24,6 +24,7 @@ import (
 	_ "embed"
 
 	"github.com/ClickHouse/clickhouse-go/v2"
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
 
@@ -264,6 +265,23 @@ func preparePostgres(ctx context.Context, cfg *config, log *slog.Logger) error {
 		return fmt.Errorf("POSTGRES_URL: %s%s: %w", u.Host, u.Path, err)
 	}
 	return migratePostgres(ctx, db, migrations, log)
+}
+
+// openNATS returns a connection that is made, and made again, in the
+// background. Only a bad URL is an error.
+func openNATS(url string, log *slog.Logger) (*nats.Conn, error) {
+	return nats.Connect(url,
+		nats.Name("goods"),
+		nats.RetryOnFailedConnect(true),
+		nats.MaxReconnects(-1),
+		nats.ReconnectWait(500*time.Millisecond),
+		nats.ReconnectBufSize(-1), // what was not sent is still in the outbox
+		nats.Timeout(2*time.Second),
+		nats.PingInterval(time.Second), // a frozen server is left within three seconds
+		nats.MaxPingsOutstanding(2),
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
+			log.Debug("nats", "err", err)
+		}))
 }
 
 func openClickHouse(cfg *config) (clickhouse.Conn, error) {

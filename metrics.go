@@ -113,8 +113,8 @@ FROM outbox`
 		m.outboxRows.Store(rows)
 		m.outboxAge.Store(age)
 	}
-	if n, err := p.backlog(ctx); err == nil {
-		m.backlog.Store(n)
+	if stream, err := p.js.Stream(ctx, p.stream); err == nil {
+		m.backlog.Store(int64(stream.CachedInfo().State.Msgs))
 	}
 }
 

@@ -74,7 +74,7 @@ func split(text string) []statement {
 			quoted = !quoted
 		}
 		if !quoted && strings.HasSuffix(strings.TrimSpace(code), ";") {
-			all = append(all, statement{start, strings.TrimSuffix(strings.TrimSpace(strings.TrimSpace(current.String())), ";")})
+			all = append(all, statement{start, strings.TrimSuffix(strings.TrimSpace(current.String()), ";")})
 			current.Reset()
 		}
 	}
@@ -108,32 +108,26 @@ func pending(all []migration, recorded map[string]string) ([]migration, error) {
 // each in one transaction. Any number of processes may do so at once.
 func migratePostgres(ctx context.Context, db *database, files fs.FS, log *slog.Logger) error {
 	all, err := readMigrations(files, "sql/postgres")
-	if err != nil {
-		return err
-	}
-	for done := false; !done; {
-		err := inTx(ctx, db, func(tx *sql.Tx) error {
+	for done := false; err == nil && !done; {
+		err = inTx(ctx, db, func(tx *sql.Tx) error {
 			// Bound to the transaction: a session's lock would stay with a
 			// connection of the pool.
 			if _, err := tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock(hashtext('goods.migrations'))`); err != nil {
-				return fmt.Errorf("lock migrations: %w", err)
+				return err
 			}
 			recorded, err := recordedInPostgres(ctx, tx)
 			if err != nil {
-				return err
+				return fmt.Errorf("schema_migrations: %w", err)
 			}
 			missing, err := pending(all, recorded)
-			if err != nil {
+			if done = len(missing) == 0; err != nil || done {
 				return err
-			}
-			if done = len(missing) == 0; done {
-				return nil
 			}
 			return applyToPostgres(ctx, tx, missing[0], log)
 		})
-		if err != nil {
-			return fmt.Errorf("migrate postgres: %w", err)
-		}
+	}
+	if err != nil {
+		return fmt.Errorf("migrate postgres: %w", err)
 	}
 	return nil
 }
@@ -146,18 +140,28 @@ CREATE TABLE IF NOT EXISTS schema_migrations (
     applied_at timestamptz NOT NULL DEFAULT now()
 )`
 	if _, err := tx.ExecContext(ctx, create); err != nil {
-		return nil, fmt.Errorf("create schema_migrations: %w", err)
+		return nil, err
 	}
 	rows, err := tx.QueryContext(ctx, `SELECT name, checksum FROM schema_migrations`)
 	if err != nil {
-		return nil, fmt.Errorf("read schema_migrations: %w", err)
+		return nil, err
 	}
+	return scanRecorded(rows)
+}
+
+// scanRecorded reads and closes rows of a name and a checksum.
+func scanRecorded(rows interface {
+	Next() bool
+	Scan(...any) error
+	Err() error
+	Close() error
+}) (map[string]string, error) {
 	defer rows.Close()
 	recorded := map[string]string{}
 	for rows.Next() {
 		var name, checksum string
 		if err := rows.Scan(&name, &checksum); err != nil {
-			return nil, fmt.Errorf("read schema_migrations: %w", err)
+			return nil, err
 		}
 		recorded[name] = checksum
 	}
@@ -194,12 +198,15 @@ func linesBefore(err error, text string) int {
 
 // migrateClickHouse applies the files of sql/clickhouse that are not yet
 // recorded. ClickHouse has no transactions: each file can be run twice, and
-// two processes that migrate at once do no harm.
+// processes that migrate at once do no harm.
 func migrateClickHouse(ctx context.Context, conn clickhouse.Conn, files fs.FS, log *slog.Logger) error {
-	all, err := readMigrations(files, "sql/clickhouse")
-	if err != nil {
-		return err
+	if err := applyToClickHouse(ctx, conn, files, log); err != nil {
+		return fmt.Errorf("migrate clickhouse: %w", err)
 	}
+	return nil
+}
+
+func applyToClickHouse(ctx context.Context, conn clickhouse.Conn, files fs.FS, log *slog.Logger) error {
 	const create = `
 CREATE TABLE IF NOT EXISTS goods_migrations (
     Name      String,
@@ -209,37 +216,33 @@ CREATE TABLE IF NOT EXISTS goods_migrations (
 ENGINE = ReplacingMergeTree
 ORDER BY (Name, Checksum)`
 	if err := conn.Exec(ctx, create); err != nil {
-		return fmt.Errorf("migrate clickhouse: create goods_migrations: %w", err)
+		return err
 	}
 	rows, err := conn.Query(ctx, `SELECT Name, Checksum FROM goods_migrations`)
 	if err != nil {
-		return fmt.Errorf("migrate clickhouse: read goods_migrations: %w", err)
+		return err
 	}
-	defer rows.Close()
-	recorded := map[string]string{}
-	for rows.Next() {
-		var name, checksum string
-		if err := rows.Scan(&name, &checksum); err != nil {
-			return fmt.Errorf("migrate clickhouse: read goods_migrations: %w", err)
-		}
-		recorded[name] = checksum
+	recorded, err := scanRecorded(rows)
+	if err != nil {
+		return err
 	}
-	if err := rows.Err(); err != nil {
-		return fmt.Errorf("migrate clickhouse: read goods_migrations: %w", err)
+	all, err := readMigrations(files, "sql/clickhouse")
+	if err != nil {
+		return err
 	}
 	missing, err := pending(all, recorded)
 	if err != nil {
-		return fmt.Errorf("migrate clickhouse: %w", err)
+		return err
 	}
 	for _, m := range missing {
 		for _, s := range m.statements {
 			if err := conn.Exec(ctx, s.text); err != nil {
-				return fmt.Errorf("migrate clickhouse: %s:%d: %w", m.name, s.line, err)
+				return fmt.Errorf("%s:%d: %w", m.name, s.line, err)
 			}
 		}
 		const record = `INSERT INTO goods_migrations (Name, Checksum, AppliedAt) SELECT ?, ?, now()`
 		if err := conn.Exec(ctx, record, m.name, m.checksum); err != nil {
-			return fmt.Errorf("migrate clickhouse: record %s: %w", m.name, err)
+			return fmt.Errorf("record %s: %w", m.name, err)
 		}
 		log.Info("migration applied", "database", "clickhouse", "file", m.name)
 	}
