@@ -136,3 +136,27 @@ func TestRemovesOfOneGood(t *testing.T) {
 	}
 	w.settled(t, 10*time.Second)
 }
+
+// A move over more goods than a call's usual time allows.
+func TestLongMove(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	a, b := w.start(t, "EVENTS_BATCH=1000"), w.start(t, "EVENTS_BATCH=1000")
+	const goods = longMove + 100
+	must(t, errorOf(w.db.Exec(`INSERT INTO goods (project_id, name) SELECT 1, n::text FROM generate_series(1, $1) AS n`, goods)))
+	b.list(t, 10, 1)
+	b.list(t, 10, goods-9)
+	moved := want[struct{ Priorities []place }](t, a, 200, "PATCH", fmt.Sprintf("/goods/reprioritize?id=%d&projectId=1", goods), `{"newPriority":1}`).Priorities
+	if len(moved) != goods || moved[0] != (place{goods, 1}) || moved[1] != (place{1, 2}) || moved[goods-1] != (place{goods - 1, goods}) {
+		t.Errorf("got %d places, from %v to %v", len(moved), moved[:2], moved[len(moved)-1])
+	}
+	if got := b.list(t, 2, 1).Goods; got[0].ID != goods || got[1].ID != 1 {
+		t.Errorf("the list begins with %+v", got)
+	}
+	if got := b.list(t, 10, goods).Goods; got[0].ID != goods-1 {
+		t.Errorf("the list ends with %+v", got)
+	}
+	if n := w.settled(t, 90*time.Second); n != 2*goods {
+		t.Errorf("got %d events, want %d", n, 2*goods)
+	}
+}

@@ -19,7 +19,7 @@ const (
 	maxName        = 255
 	maxDescription = 10_000
 	// longMove is how many places a reprioritize may span in a call's usual time.
-	longMove = 20_000
+	longMove = 5_000
 )
 
 // good is one row of goods, as clients see it.
