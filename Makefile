@@ -131,10 +131,11 @@ lint: ## gofmt, go vet, staticcheck, Redocly, promtool; shellcheck where it is i
 	if command -v shellcheck >/dev/null; then shellcheck servers.sh .ci/run; fi
 
 .PHONY: bench
-bench: ## measure throughput and latency
+bench: ## measure throughput and latency; BENCH='lists large writes alone events memory' picks parts
 	$(contained)
 	$(servers)
-	go test -count=1 -timeout=15m -tags bench -run TestBench -v .
+	./servers.sh install wrk
+	go test -count=1 -timeout=15m -tags bench -run TestBench .
 
 .PHONY: soak
 soak: ## run mixed load and faults for MINUTES=5

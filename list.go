@@ -51,6 +51,10 @@ func (s *service) list(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	return writePage(w, q, p)
+}
+
+func writePage(w http.ResponseWriter, q listRequest, p page) error {
 	buf := listBuffers.Get().(*bytes.Buffer)
 	defer func() {
 		if buf.Cap() <= maxPooled {
