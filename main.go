@@ -65,7 +65,11 @@ var variables = []struct {
 	}},
 	{"REDIS_URL", "redis://localhost:6379/0", "the cache", func(c *config, v string) error {
 		c.redis = v
-		return validURL(v, nil, "redis", "rediss")
+		err := validURL(v, nil, "redis", "rediss")
+		if u, _ := url.Parse(v); err == nil && strings.Trim(u.Path, "/0123456789") != "" {
+			return errors.New("must end with the number of a database, such as /0")
+		}
+		return err
 	}},
 	{"NATS_URL", "nats://localhost:4222", "the road of the events; several servers with commas", func(c *config, v string) error {
 		c.nats = v

@@ -192,6 +192,7 @@ func unavailable(err error) bool {
 // that answers with a refusal (wrong password, no such database) is an error
 // at once.
 func awaitPostgres(ctx context.Context, db *database, patience time.Duration) error {
+	start := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {
@@ -204,7 +205,7 @@ func awaitPostgres(ctx context.Context, db *database, patience time.Duration) er
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("no answer within %v: %w", patience, err)
+			return fmt.Errorf("no answer in %v: %w", time.Since(start).Round(100*time.Millisecond), err)
 		case <-time.After(250 * time.Millisecond):
 		}
 	}
