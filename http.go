@@ -101,10 +101,11 @@ func (s *service) answer(route string, handler func(http.ResponseWriter, *http.R
 		w.Header().Set("X-Request-Id", id)
 		reply := &recorder{ResponseWriter: w, status: http.StatusOK}
 		err := safely(func() error { return handler(reply, r) })
-		if err != nil && errors.Is(r.Context().Err(), context.Canceled) {
-			reply.status = 499 // the client went away: nobody is told
-		} else if err != nil {
+		if err != nil {
 			s.writeError(reply, r, id, err)
+			if errors.Is(r.Context().Err(), context.Canceled) {
+				reply.status = 499 // the client has gone, or is very slow: the reply is hardly read
+			}
 		}
 		took := time.Since(start)
 		observed.observe(reply.status, took)
