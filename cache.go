@@ -219,11 +219,10 @@ func (c *cache) drop(ctx context.Context, epoch int64, positions []int) error {
 func (c *cache) ping(ctx context.Context) error {
 	conn, err := c.pool.GetContext(ctx)
 	if err != nil {
-		return err
+		return c.result(err)
 	}
-	defer conn.Close()
 	_, err = conn.Do("SET", c.prefix+"ping", "", "PX", 1000)
-	return err
+	return c.release(conn, err)
 }
 
 func (c *cache) conn(ctx context.Context) (redis.Conn, error) {
