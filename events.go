@@ -84,6 +84,7 @@ func (p *pipeline) wake() {
 // relay publishes what waits in the outbox, until ctx ends. Any number of
 // replicas may relay at once.
 func (p *pipeline) relay(ctx context.Context) {
+	_, _ = p.connect(ctx) // else the first event of all finds no stream
 	for ctx.Err() == nil {
 		n, err := p.publish(ctx)
 		if err != nil && ctx.Err() == nil {
@@ -127,7 +128,7 @@ func (p *pipeline) publish(ctx context.Context) (n int, err error) {
 		}
 		const mark = `
 UPDATE outbox
-SET published_at = now()
+SET published_at = clock_timestamp()
 WHERE id = ANY ($1)`
 		n = len(events)
 		_, err = tx.ExecContext(ctx, mark, outboxIDs(events))
@@ -194,16 +195,18 @@ func outboxIDs(events []event) any {
 }
 
 // connect finds or creates the stream and its consumer. When the stream had
-// to be created, nothing that was published before is in it, and everything
-// in the outbox is published again.
+// to be created, nothing that was published before is in it, and is published
+// again.
 func (p *pipeline) connect(ctx context.Context) (jetstream.Consumer, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.consumer = nil
 	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
 	defer cancel()
+	start := time.Now()
 	stream, err := p.js.Stream(ctx, p.stream)
-	if errors.Is(err, jetstream.ErrStreamNotFound) {
+	missing := errors.Is(err, jetstream.ErrStreamNotFound)
+	if missing {
 		stream, err = p.js.CreateStream(ctx, jetstream.StreamConfig{
 			Name:      p.stream,
 			Subjects:  []string{p.subject()},
@@ -215,9 +218,6 @@ func (p *pipeline) connect(ctx context.Context) (jetstream.Consumer, error) {
 			// Shorter than lostAfter: NATS must take again what it has lost.
 			Duplicates: lostAfter / 2,
 		})
-		if err == nil {
-			err = p.requeue(ctx, 0)
-		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("stream %s: %w", p.stream, err)
@@ -235,16 +235,19 @@ func (p *pipeline) connect(ctx context.Context) (jetstream.Consumer, error) {
 		return nil, fmt.Errorf("consumer of %s: %w", p.stream, err)
 	}
 	p.consumer = consumer
+	if missing {
+		_ = p.requeue(ctx, start) // without Postgres now, find does it later
+	}
 	return consumer, nil
 }
 
-// requeue has what was published at least age ago published again.
-func (p *pipeline) requeue(ctx context.Context, age time.Duration) error {
+// requeue has what was published before a time published again.
+func (p *pipeline) requeue(ctx context.Context, before time.Time) error {
 	const requeue = `
 UPDATE outbox
 SET published_at = NULL
-WHERE published_at <= now() - $1 * interval '1 second'`
-	done, err := p.db.ExecContext(ctx, requeue, age.Seconds())
+WHERE published_at < $1`
+	done, err := p.db.ExecContext(ctx, requeue, before)
 	if err != nil {
 		return fmt.Errorf("requeue events: %w", err)
 	}
@@ -415,7 +418,7 @@ func (p *pipeline) find(ctx context.Context) error {
 	if err != nil || info.NumPending > 0 || info.NumAckPending > 0 {
 		return err
 	}
-	return p.requeue(ctx, lostAfter)
+	return p.requeue(ctx, time.Now().Add(-lostAfter))
 }
 
 // retry repeats f with growing pauses until it succeeds; false means that ctx
