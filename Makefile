@@ -128,6 +128,9 @@ lint: ## gofmt, go vet, staticcheck, Redocly, promtool; shellcheck where it is i
 	go run $(STATICCHECK) ./...
 	command -v npx >/dev/null || ./servers.sh install npm
 	REDOCLY_TELEMETRY=off REDOCLY_SUPPRESS_UPDATE_NOTICE=true npx --yes $(REDOCLY) lint --skip-rule info-license openapi.yaml
+	command -v promtool >/dev/null || ./servers.sh install prometheus
+	promtool check metrics <testdata/metrics.txt
+	promtool check rules alerts.yml
 	if command -v shellcheck >/dev/null; then shellcheck servers.sh .ci/run; fi
 
 .PHONY: bench

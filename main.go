@@ -437,7 +437,7 @@ func (s *service) routes() []route {
 		}},
 		{http.MethodGet, "/metrics", func(w http.ResponseWriter, r *http.Request) error {
 			w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-			return s.counts.write(w)
+			return s.counts.write(w, s.health)
 		}},
 		{http.MethodGet, "/openapi.yaml", func(w http.ResponseWriter, r *http.Request) error {
 			w.Header().Set("Content-Type", "application/yaml")

@@ -119,7 +119,7 @@ FROM outbox`
 }
 
 // write prints everything in Prometheus' text format.
-func (m *metrics) write(w io.Writer) error {
+func (m *metrics) write(w io.Writer, h *health) error {
 	var b bytes.Buffer
 	head := func(name, kind, help string) { fmt.Fprintf(&b, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind) }
 	one := func(name, kind, help string, v float64) {
@@ -167,6 +167,14 @@ func (m *metrics) write(w io.Writer) error {
 	one("goods_outbox_rows", "gauge", "Events that ClickHouse does not hold yet.", float64(m.outboxRows.Load()))
 	one("goods_outbox_oldest_age_seconds", "gauge", "Age of the oldest of them.", float64(m.outboxAge.Load())/1000)
 	one("goods_stream_backlog_messages", "gauge", "Messages in the NATS stream.", float64(m.backlog.Load()))
+	head("goods_dependency_up", "gauge", "Whether the server can be used, 1 or 0.")
+	for _, d := range []*dependency{h.postgres, h.redis, h.nats, h.clickhouse} {
+		up := 0
+		if d.up() {
+			up = 1
+		}
+		fmt.Fprintf(&b, "goods_dependency_up{name=%q} %d\n", d.name, up)
+	}
 	pool := m.db.Stats()
 	one("goods_postgres_connections_max", "gauge", "Most connections the pool may open.", float64(pool.MaxOpenConnections))
 	one("goods_postgres_connections_open", "gauge", "Connections of the pool.", float64(pool.OpenConnections))
