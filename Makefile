@@ -131,7 +131,7 @@ lint: ## gofmt, go vet, staticcheck, Redocly, promtool; shellcheck where it is i
 	command -v promtool >/dev/null || ./servers.sh install prometheus
 	promtool check metrics <testdata/metrics.txt
 	promtool check rules alerts.yml
-	if command -v shellcheck >/dev/null; then shellcheck servers.sh .ci/run; fi
+	if command -v shellcheck >/dev/null; then shellcheck servers.sh demo.sh .ci/run; fi
 
 .PHONY: bench
 bench: ## measure throughput and latency; BENCH='lists large writes alone events memory' picks parts
