@@ -120,12 +120,19 @@ test: ## run the tests with the race detector; TESTFLAGS='-run Name -v'
 	$(servers)
 	go test -race -count=1 -parallel=4 -timeout=10m $(TESTFLAGS) ./...
 
+.PHONY: faults
+faults: ## break every server, and the service, under load; prints what clients saw
+	$(contained)
+	$(compiler)
+	$(servers)
+	go test -race -count=1 -parallel=4 -timeout=10m -tags faults -run 'TestFaults' -v $(TESTFLAGS) .
+
 .PHONY: lint
 lint: ## gofmt, go vet, staticcheck, Redocly, promtool; shellcheck where it is installed
 	unformatted=$$(gofmt -l .)
 	[[ ! "$$unformatted" ]] || { echo "not formatted with gofmt:" $$unformatted; exit 1; }
-	go vet ./...
-	go run $(STATICCHECK) ./...
+	go vet -tags bench,soak ./...
+	go run $(STATICCHECK) -tags bench,soak ./...
 	command -v npx >/dev/null || ./servers.sh install npm
 	REDOCLY_TELEMETRY=off REDOCLY_SUPPRESS_UPDATE_NOTICE=true npx --yes $(REDOCLY) lint --skip-rule info-license openapi.yaml
 	command -v promtool >/dev/null || ./servers.sh install prometheus
@@ -143,8 +150,9 @@ bench: ## measure throughput and latency; BENCH='lists large writes alone events
 .PHONY: soak
 soak: ## run mixed load and faults for MINUTES=5
 	$(contained)
+	$(compiler)
 	$(servers)
-	SOAK=$(MINUTES)m go test -count=1 -timeout=0 -run TestSoak -v .
+	SOAK=$(MINUTES)m go test -race -count=1 -timeout=0 -tags soak -run TestSoak -v .
 
 .PHONY: fuzz
 fuzz: ## run each fuzz target for FUZZTIME=30s

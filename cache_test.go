@@ -255,6 +255,10 @@ type proxy struct {
 	server   string
 	listener net.Listener
 
+	// spoil, if there is one, gets every part of a reply in place of the client;
+	// its error ends the connection.
+	spoil atomic.Pointer[func(client io.Writer, part []byte) error]
+
 	mu    sync.Mutex
 	conns []net.Conn
 	held  *hold
@@ -289,11 +293,30 @@ func newProxy(t testing.TB, rawURL string) *proxy {
 			p.mu.Lock()
 			p.conns = append(p.conns, client, server)
 			p.mu.Unlock()
-			go func() { _, _ = io.Copy(client, server); client.Close() }()
+			go p.reply(client, server)
 			go p.forward(server, client)
 		}
 	}()
 	return p
+}
+
+// reply copies replies.
+func (p *proxy) reply(client, server net.Conn) {
+	defer client.Close()
+	for b := make([]byte, 64<<10); ; {
+		n, err := server.Read(b)
+		if err != nil {
+			return
+		}
+		if spoil := p.spoil.Load(); spoil != nil {
+			err = (*spoil)(client, b[:n])
+		} else {
+			_, err = client.Write(b[:n])
+		}
+		if err != nil {
+			return
+		}
+	}
 }
 
 // hold arms the proxy for the first request that contains word.
@@ -342,9 +365,15 @@ func (p *proxy) forward(server, client net.Conn) {
 // close cuts every connection and takes no more.
 func (p *proxy) close() {
 	p.listener.Close()
+	p.cut()
+}
+
+// cut cuts every connection.
+func (p *proxy) cut() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, c := range p.conns {
 		c.Close()
 	}
+	p.conns = nil
 }

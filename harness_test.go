@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
@@ -13,6 +12,8 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"os/signal"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -30,6 +31,7 @@ const asProgram = "GOODS_TEST_AS_PROGRAM"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asProgram) != "" {
+		go reportVitals()
 		main()
 		return
 	}
@@ -45,6 +47,18 @@ func TestMain(m *testing.M) {
 		code = 1
 	}
 	os.Exit(code)
+}
+
+// reportVitals prints how much the program holds whenever SIGUSR1 comes.
+func reportVitals() {
+	asked := make(chan os.Signal, 1)
+	signal.Notify(asked, syscall.SIGUSR1)
+	for range asked {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		fmt.Printf(`{"msg":"vitals","goroutines":%d,"heap":%d}`+"\n", runtime.NumGoroutine(), m.HeapAlloc)
+	}
 }
 
 // world is what one test has for itself on the shared servers: a database in
@@ -245,11 +259,13 @@ func (l *logBuffer) String() string {
 	return l.b.String()
 }
 
-// tail returns the last n lines.
+// tail returns the last n lines, but for requests that went well.
 func (l *logBuffer) tail(n int) string {
 	var lines []string
-	for s := bufio.NewScanner(strings.NewReader(l.String())); s.Scan(); {
-		lines = append(lines, s.Text())
+	for line := range strings.SplitSeq(l.String(), "\n") {
+		if !strings.Contains(line, `"msg":"request"`) || !strings.Contains(line, `"err":null`) {
+			lines = append(lines, line)
+		}
 	}
 	return strings.Join(lines[max(0, len(lines)-n):], "\n")
 }
