@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-var update = flag.Bool("update", false, "write the metrics of this run to testdata/metrics.txt")
+var writeMetrics = flag.Bool("update", false, "write the metrics of this run to testdata/metrics.txt")
 
 // metricsFile is a scrape with every metric there is: promtool checks it in
 // make lint, and the alerts are checked against it.
@@ -89,7 +89,7 @@ func TestMetrics(t *testing.T) {
 		`goods_stream_backlog_messages`:          0,
 		`goods_dependency_up{name="clickhouse"}`: 1,
 	})
-	if *update {
+	if *writeMetrics {
 		must(t, os.WriteFile(metricsFile, []byte(text), 0o644))
 	}
 	golden, err := os.ReadFile(metricsFile)
