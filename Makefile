@@ -159,7 +159,7 @@ fuzz: ## run each fuzz target for FUZZTIME=30s
 	$(contained)
 	$(servers)
 	for target in $$(grep -hoE '^func Fuzz\w+' *_test.go | cut -c 6-); do
-		go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) .
+		go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x .
 	done
 
 .PHONY: demo
