@@ -120,7 +120,9 @@ func (f fault) run(t testing.TB, own *servers) outcome {
 			good++
 			continue
 		}
-		doubted = a.begin.Add(a.took)
+		if a.status == 503 {
+			doubted = a.begin.Add(a.took)
+		}
 		if !slices.Contains(f.may, a.status) {
 			t.Errorf("%s after %v: got %d", a.call, a.begin.Sub(begin), a.status)
 		}

@@ -13,7 +13,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -296,7 +295,8 @@ func rolled(t testing.TB, s *scene) {
 			return nil
 		})
 		begin := time.Now()
-		must(t, a.process.Signal(syscall.SIGTERM))
+		ended := make(chan error, 1)
+		go func() { ended <- a.stop() }()
 		eventually(t, 5*time.Second, func() error {
 			if a.ready() == nil {
 				return fmt.Errorf("the service is still ready")
@@ -309,7 +309,7 @@ func rolled(t testing.TB, s *scene) {
 		if err := <-inFlight; err != nil {
 			t.Errorf("a request in flight at SIGTERM: %v", err)
 		}
-		if err := a.stop(); err != nil {
+		if err := <-ended; err != nil {
 			t.Errorf("the service ended with %v", err)
 		}
 		if took := time.Since(begin); took > 10*time.Second {
