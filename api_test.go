@@ -146,7 +146,7 @@ func TestRefusals(t *testing.T) {
 		}
 	}
 	a.refused(t, 404, 4, "errors.campaign.notFound", "POST", "/goods/create?projectId=3", name)
-	for _, path := range []string{"/", "/goods", "/goods/", "/goods/list/", "//goods/list", "/goods/../goods/list", "/GOODS/LIST"} {
+	for _, path := range []string{"/", "/goods", "/goods/", "/goods/list/", "//goods/list", "/goods/../goods/list", "/GOODS/LIST", "/goods%2Flist", "/goods/%6cist"} {
 		a.refused(t, 404, 5, "errors.route.notFound", "GET", path, "")
 	}
 	for _, call := range []struct{ method, path, allow string }{

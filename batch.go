@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,9 +12,20 @@ import (
 	"time"
 )
 
+const (
+	// answerWithin is the time in which a call is answered, if only by a 503.
+	answerWithin = 4 * time.Second
+	// batchAlone is how many requests of a failed batch are tried at a time.
+	batchAlone = 8
+)
+
 // errOutcomeUnknown marks an error after which a write may or may not stand:
 // it is never tried again by the service.
 var errOutcomeUnknown = errors.New("outcome unknown")
+
+// errTryAlone is what a batch answers for a request that it left undone, lest
+// the others wait for it.
+var errTryAlone = errors.New("to be tried alone")
 
 // errStopped answers calls that a closed batcher did not begin.
 var errStopped = errors.New("shutting down")
@@ -116,7 +128,8 @@ func (b *batcher[Q, A]) gather(first *call[Q, A]) []*call[Q, A] {
 }
 
 // serve answers every call of a batch. When the batch fails as a whole, its
-// requests are tried one by one, so that a failure stays with its request.
+// requests are tried each alone, so that a failure stays with its request; and
+// so are those that the batch has left with errTryAlone.
 func (b *batcher[Q, A]) serve(batch []*call[Q, A]) {
 	// The batch belongs to no single caller: it has a time limit of its own.
 	ctx, cancel := context.WithTimeout(context.Background(), answerWithin)
@@ -127,32 +140,34 @@ func (b *batcher[Q, A]) serve(batch []*call[Q, A]) {
 		requests[i] = c.request
 	}
 	results, err := b.try(ctx, requests)
-	if err == nil {
-		for i, c := range batch {
-			c.done <- results[i]
+	if err != nil {
+		b.log.Debug("batch failed", "batch", b.name, "size", len(batch), "err", err)
+		results = make([]result[A], len(batch))
+		for i := range results {
+			results[i].err = err
 		}
-		return
 	}
-	again := !errors.Is(err, errOutcomeUnknown)
-	if again {
-		b.log.Debug("batch failed, trying its requests one by one", "batch", b.name, "size", len(batch), "err", err)
-	}
+	var alone sync.WaitGroup
+	places := make(chan struct{}, batchAlone) // what waits for a lock does not keep the others
 	for i, c := range batch {
-		var r result[A]
-		switch {
-		case !again || ctx.Err() != nil:
-			r.err = err
-		case c.ctx.Err() != nil:
-			r.err = c.ctx.Err()
-		default:
-			if alone, err := b.try(ctx, requests[i:i+1]); err != nil {
-				r.err = err
-			} else {
-				r = alone[0]
-			}
+		again := err != nil && !errors.Is(err, errOutcomeUnknown) || errors.Is(results[i].err, errTryAlone)
+		if !again {
+			c.done <- results[i]
+			continue
 		}
-		c.done <- r
+		places <- struct{}{}
+		alone.Go(func() {
+			defer func() { <-places }()
+			if gone := cmp.Or(c.ctx.Err(), ctx.Err()); gone != nil {
+				c.done <- result[A]{err: gone}
+			} else if results, err := b.try(ctx, requests[i:i+1]); err != nil {
+				c.done <- result[A]{err: err}
+			} else {
+				c.done <- results[0]
+			}
+		})
 	}
+	alone.Wait()
 }
 
 // try runs requests once. A panic fails them and nothing else; whether they
@@ -170,6 +185,3 @@ func (b *batcher[Q, A]) try(ctx context.Context, requests []Q) (results []result
 	}
 	return results, err
 }
-
-// answerWithin is the time in which a call is answered, if only by a 503.
-const answerWithin = 4 * time.Second

@@ -6,7 +6,9 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -18,6 +20,7 @@ const (
 	leaseLife    = 5 * time.Second        // longer than a read of Postgres may take
 	cacheTimeout = 200 * time.Millisecond // for one exchange with Redis
 	cachePause   = time.Second            // after a failure Redis is left alone
+	cacheChunk   = 100                    // goods in one command: a page of large ones takes several
 )
 
 var errCachePaused = errors.New("redis failed a moment ago")
@@ -31,17 +34,21 @@ var errCachePaused = errors.New("redis failed a moment ago")
 // answer, and with them every lease older than the commit. A writer that can
 // not delete raises the epoch in Postgres instead: keys carry the epoch that
 // the list has just read there, so the whole cache is out of reach at once,
-// for every replica, and for a Redis that comes back with old data.
+// for every replica. The epoch is also raised whenever another Redis answers
+// than before: it may have come back with old data.
 //
 // Redis is optional: every error means that Postgres answers. All methods may
 // be called concurrently.
 type cache struct {
 	pool   *redis.Pool
 	prefix string
+	raise  func(context.Context) error // raises the epoch
 	health *dependency
 	counts *metrics
 	// epoch is the one last seen in Postgres: a guess, checked by every list.
 	epoch atomic.Int64
+	// server is the run_id of the Redis last connected to.
+	server atomic.Value
 	// failedAt, in Unix nanoseconds, is when an exchange with Redis failed last.
 	failedAt atomic.Int64
 }
@@ -60,14 +67,22 @@ return filled`
 
 var fillScript = redis.NewScript(-1, fillSource)
 
-func newCache(url, namespace string, health *dependency, counts *metrics) *cache {
-	c := &cache{prefix: namespace + ":", health: health, counts: counts}
+func newCache(url, namespace string, raise func(context.Context) error, health *dependency, counts *metrics) *cache {
+	c := &cache{prefix: namespace + ":", raise: raise, health: health, counts: counts}
 	c.pool = &redis.Pool{
 		DialContext: func(ctx context.Context) (redis.Conn, error) {
-			return redis.DialURLContext(ctx, url,
+			conn, err := redis.DialURLContext(ctx, url,
 				redis.DialConnectTimeout(cacheTimeout),
 				redis.DialReadTimeout(cacheTimeout),
 				redis.DialWriteTimeout(cacheTimeout))
+			if err != nil {
+				return nil, err
+			}
+			if err := c.recognise(ctx, conn); err != nil {
+				conn.Close()
+				return nil, err
+			}
+			return conn, nil
 		},
 		// A connection older than the last failure may lead to a server that
 		// is gone: better a new one than a failure for each of them.
@@ -91,46 +106,55 @@ func (c *cache) key(epoch int64, position int) string {
 	return string(strconv.AppendInt(b, int64(position), 10))
 }
 
-// reading is an MGET under way.
-type reading struct {
-	cache     *cache
-	conn      redis.Conn
-	epoch     int64
-	positions []int
-	err       error
+// recognise raises the epoch if conn leads to another Redis than before: one
+// that was started again, or a replica that has taken over, may hold what a
+// writer has deleted.
+func (c *cache) recognise(ctx context.Context, conn redis.Conn) error {
+	info, err := redis.String(conn.Do("INFO", "server"))
+	if err != nil {
+		return err
+	}
+	_, rest, _ := strings.Cut(info, "run_id:")
+	id, _, _ := strings.Cut(rest, "\r\n")
+	if id == c.server.Load() {
+		return nil
+	}
+	if err := c.raise(ctx); err != nil {
+		return err
+	}
+	c.server.Store(id)
+	return nil
 }
 
-// startRead asks for the goods at positions without waiting for the answer,
-// so that Postgres can be asked meanwhile. wait must be called on the result.
-func (c *cache) startRead(ctx context.Context, epoch int64, positions []int) *reading {
-	r := &reading{cache: c, epoch: epoch, positions: positions}
-	if r.conn, r.err = c.conn(ctx); r.err != nil {
-		return r
-	}
-	args := make([]any, len(positions))
-	for i, p := range positions {
-		args[i] = c.key(epoch, p)
-	}
-	if r.err = r.conn.Send("MGET", args...); r.err == nil {
-		r.err = r.conn.Flush()
-	}
-	return r
-}
-
-// wait returns what Redis holds for each position: the good's JSON; what is
+// read returns what Redis holds for each position: the good's JSON; what is
 // no good (a lease) as it is; nil where there is nothing.
-func (r *reading) wait() ([][]byte, error) {
-	if r.conn == nil {
-		return nil, r.err
+func (c *cache) read(ctx context.Context, epoch int64, positions []int) ([][]byte, error) {
+	conn, err := c.conn(ctx)
+	if err != nil {
+		return nil, err
 	}
-	var values [][]byte
-	if r.err == nil {
-		values, r.err = redis.ByteSlices(r.conn.Receive())
+	commands := 0
+	for chunk := range slices.Chunk(positions, cacheChunk) {
+		args := make([]any, len(chunk))
+		for i, p := range chunk {
+			args[i] = c.key(epoch, p)
+		}
+		if err := conn.Send("MGET", args...); err != nil {
+			return nil, c.release(conn, err)
+		}
+		commands++
 	}
-	if r.err == nil && len(values) != len(r.positions) {
-		r.err = fmt.Errorf("mget: %d values for %d keys", len(values), len(r.positions))
+	err = conn.Flush()
+	values := make([][]byte, 0, len(positions))
+	for i := 0; i < commands && err == nil; i++ {
+		var some [][]byte
+		some, err = redis.ByteSlices(conn.Receive())
+		values = append(values, some...)
 	}
-	return values, r.cache.release(r.conn, r.err)
+	if err == nil && len(values) != len(positions) {
+		err = fmt.Errorf("mget: %d values for %d keys", len(values), len(positions))
+	}
+	return values, c.release(conn, err)
 }
 
 // isGood tells a good's JSON from a lease, and from what others may have
@@ -171,25 +195,23 @@ func (c *cache) lease(ctx context.Context, epoch int64, positions []int) (lease,
 
 // fill stores goods, by position, wherever the lease still stands.
 func (c *cache) fill(ctx context.Context, l lease, goods map[int][]byte) error {
-	var keys, values []any
-	for _, p := range l.positions {
-		if good, ok := goods[p]; ok {
-			keys = append(keys, c.key(l.epoch, p))
-			values = append(values, good)
-		}
-	}
-	if len(keys) == 0 {
-		return nil
-	}
-	args := append([]any{len(keys)}, keys...)
-	args = append(args, l.token, cacheLife.Milliseconds())
-	args = append(args, values...)
 	conn, err := c.conn(ctx)
 	if err != nil {
 		return err
 	}
-	filled, err := redis.Int(fillScript.Do(conn, args...))
-	if err == nil {
+	for chunk := range slices.Chunk(l.positions, cacheChunk) {
+		var keys, values []any
+		for _, p := range chunk {
+			if good, ok := goods[p]; ok {
+				keys = append(keys, c.key(l.epoch, p))
+				values = append(values, good)
+			}
+		}
+		args := slices.Concat([]any{len(keys)}, keys, []any{l.token, cacheLife.Milliseconds()}, values)
+		var filled int
+		if filled, err = redis.Int(fillScript.Do(conn, args...)); err != nil {
+			break
+		}
 		c.counts.cacheRefused.Add(int64(len(keys) - filled))
 	}
 	return c.release(conn, err)
@@ -202,15 +224,14 @@ func (c *cache) drop(ctx context.Context, epoch int64, positions []int) error {
 	if err != nil {
 		return err
 	}
-	const most = 1000 // keys in one command, to let others have their turn
-	for len(positions) > 0 && err == nil {
-		n := min(most, len(positions))
-		args := make([]any, n)
-		for i, p := range positions[:n] {
+	for chunk := range slices.Chunk(positions, 10*cacheChunk) {
+		args := make([]any, len(chunk))
+		for i, p := range chunk {
 			args[i] = c.key(epoch, p)
 		}
-		_, err = conn.Do("UNLINK", args...)
-		positions = positions[n:]
+		if _, err = conn.Do("UNLINK", args...); err != nil {
+			break
+		}
 	}
 	return c.release(conn, err)
 }

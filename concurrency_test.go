@@ -160,3 +160,65 @@ func TestLongMove(t *testing.T) {
 		t.Errorf("got %d events, want %d", n, 2*goods)
 	}
 }
+
+// Moves wait for each other, and must not take what lists need meanwhile.
+func TestMovesLeaveListsAlone(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	a := w.start(t)
+	for i := range 5 {
+		a.create(t, fmt.Sprint(i))
+	}
+	tx, err := w.db.Begin() // holds back every move
+	must(t, err)
+	defer tx.Rollback()
+	must(t, errorOf(tx.Exec(`SELECT lock_priorities()`)))
+	var moves sync.WaitGroup
+	for range 64 {
+		moves.Go(func() {
+			r := a.call(t, "PATCH", "/goods/reprioritize?id=1&projectId=1", `{"newPriority":5}`)
+			if r.status != http.StatusServiceUnavailable {
+				t.Errorf("a move that has to wait: got %d %s", r.status, r.body)
+			}
+		})
+	}
+	for range 100 {
+		start := time.Now()
+		a.list(t, 10, 1)
+		want[good](t, a, 200, "PATCH", "/goods/update?id=2&projectId=1", `{"name":"x"}`)
+		if took := time.Since(start); took > time.Second {
+			t.Errorf("a list and an update took %v", took)
+		}
+	}
+	moves.Wait()
+	must(t, tx.Rollback())
+	want[struct{}](t, a, 200, "PATCH", "/goods/reprioritize?id=1&projectId=1", `{"newPriority":5}`)
+	w.settled(t, 5*time.Second)
+}
+
+// Somebody holds one good: updates of the others are slower, but made.
+func TestUpdatesBesideALockedGood(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	a := w.start(t)
+	for i := range 12 {
+		a.create(t, fmt.Sprint(i))
+	}
+	tx, err := w.db.Begin()
+	must(t, err)
+	defer tx.Rollback()
+	must(t, errorOf(tx.Exec(`SELECT FROM goods WHERE id = 1 FOR UPDATE`)))
+	together(24, func(i int) {
+		for range 2 {
+			id := 1 + i%12
+			status := http.StatusOK
+			if id == 1 {
+				status = http.StatusServiceUnavailable
+			}
+			want[struct{}](t, a, status, "PATCH", fmt.Sprintf("/goods/update?id=%d&projectId=1", id), `{"name":"x"}`)
+		}
+	})
+	must(t, tx.Rollback())
+	want[good](t, a, 200, "PATCH", "/goods/update?id=1&projectId=1", `{"name":"x"}`)
+	w.settled(t, 5*time.Second)
+}

@@ -46,7 +46,8 @@ type event struct {
 
 // valid tells an event from whatever else may be published on the subject.
 func (e *event) valid() bool {
-	return e.Outbox > 0 && e.ID > 0 && e.ProjectID > 0 && e.Version > 0 && !e.Time.IsZero()
+	year := e.Time.Year() // ClickHouse counts 32-bit seconds from 1970
+	return e.Outbox > 0 && e.ID > 0 && e.ProjectID > 0 && e.Version > 0 && year >= 1970 && year < 2106
 }
 
 // pipeline moves events from the outbox through NATS into ClickHouse. An
@@ -91,7 +92,7 @@ func (p *pipeline) relay(ctx context.Context) {
 			p.log.Debug("relay failed", "err", err)
 			_, _ = p.connect(ctx) // the stream may be gone; the next round tells
 		}
-		if n == relayBatch {
+		if err == nil && n == relayBatch {
 			continue
 		}
 		nudge := p.nudge
@@ -201,13 +202,13 @@ func (p *pipeline) connect(ctx context.Context) (jetstream.Consumer, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.consumer = nil
-	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
-	defer cancel()
 	start := time.Now()
-	stream, err := p.js.Stream(ctx, p.stream)
+	limited, cancel := context.WithTimeout(ctx, eventTimeout)
+	defer cancel()
+	stream, err := p.js.Stream(limited, p.stream)
 	missing := errors.Is(err, jetstream.ErrStreamNotFound)
 	if missing {
-		stream, err = p.js.CreateStream(ctx, jetstream.StreamConfig{
+		stream, err = p.js.CreateStream(limited, jetstream.StreamConfig{
 			Name:      p.stream,
 			Subjects:  []string{p.subject()},
 			Retention: jetstream.WorkQueuePolicy,
@@ -222,9 +223,9 @@ func (p *pipeline) connect(ctx context.Context) (jetstream.Consumer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("stream %s: %w", p.stream, err)
 	}
-	consumer, err := stream.Consumer(ctx, "drain")
+	consumer, err := stream.Consumer(limited, "drain")
 	if errors.Is(err, jetstream.ErrConsumerNotFound) {
-		consumer, err = stream.CreateConsumer(ctx, jetstream.ConsumerConfig{
+		consumer, err = stream.CreateConsumer(limited, jetstream.ConsumerConfig{
 			Durable:    "drain",
 			AckPolicy:  jetstream.AckExplicitPolicy,
 			AckWait:    ackWait,
@@ -236,25 +237,31 @@ func (p *pipeline) connect(ctx context.Context) (jetstream.Consumer, error) {
 	}
 	p.consumer = consumer
 	if missing {
-		_ = p.requeue(ctx, start) // without Postgres now, find does it later
+		_ = p.requeue(ctx, time.Since(start)) // without Postgres now, find does it later
 	}
 	return consumer, nil
 }
 
-// requeue has what was published before a time published again.
-func (p *pipeline) requeue(ctx context.Context, before time.Time) error {
+// requeue has what was published longer ago than age published again, in as
+// many steps as a long outage needs.
+func (p *pipeline) requeue(ctx context.Context, age time.Duration) error {
+	const step = 10_000
 	const requeue = `
 UPDATE outbox
 SET published_at = NULL
-WHERE published_at < $1`
-	done, err := p.db.ExecContext(ctx, requeue, before)
-	if err != nil {
-		return fmt.Errorf("requeue events: %w", err)
-	}
-	if n, _ := done.RowsAffected(); n > 0 {
-		p.log.Warn("events lost by nats travel again", "events", n)
-		p.counts.requeued.Add(n)
-		p.wake()
+WHERE id IN (SELECT id FROM outbox WHERE published_at < now() - $1 * interval '1 second' LIMIT $2)`
+	for n := int64(step); n == step; {
+		limited, cancel := context.WithTimeout(ctx, eventTimeout)
+		done, err := p.db.ExecContext(limited, requeue, age.Seconds(), step)
+		cancel()
+		if err != nil {
+			return fmt.Errorf("requeue events: %w", err)
+		}
+		if n, err = done.RowsAffected(); err == nil && n > 0 {
+			p.log.Warn("events lost by nats travel again", "events", n)
+			p.counts.requeued.Add(n)
+			p.wake()
+		}
 	}
 	return nil
 }
@@ -262,7 +269,13 @@ WHERE published_at < $1`
 // drain moves events from NATS into ClickHouse, until ctx ends. Replicas share
 // one consumer, so any number may drain at once.
 func (p *pipeline) drain(ctx context.Context) {
-	p.retry(ctx, func() error { return migrateClickHouse(ctx, p.clickhouse, migrations, p.log) })
+	p.retry(ctx, func() error {
+		err := migrateClickHouse(ctx, p.clickhouse, migrations, p.log)
+		if ctx.Err() == nil {
+			p.chUp.report("migrations", err)
+		}
+		return err
+	})
 	var looked time.Time
 	for ctx.Err() == nil {
 		messages, err := p.fetch(ctx)
@@ -406,19 +419,25 @@ WHERE id = ANY ($1)`
 // find looks for events that NATS lost: the consumer has nothing left, and
 // rows published half a minute ago are still in the outbox.
 func (p *pipeline) find(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
-	defer cancel()
 	p.mu.Lock()
 	consumer := p.consumer
 	p.mu.Unlock()
 	if consumer == nil {
 		return nil
 	}
-	info, err := consumer.Info(ctx)
-	if err != nil || info.NumPending > 0 || info.NumAckPending > 0 {
+	limited, cancel := context.WithTimeout(ctx, eventTimeout)
+	info, err := consumer.Info(limited)
+	cancel()
+	if err != nil { // a fetch from a consumer that is gone may just find nothing
+		if _, err = p.connect(ctx); ctx.Err() == nil {
+			p.natsUp.report("drain", err)
+		}
 		return err
 	}
-	return p.requeue(ctx, time.Now().Add(-lostAfter))
+	if info.NumPending > 0 || info.NumAckPending > 0 {
+		return nil
+	}
+	return p.requeue(ctx, lostAfter)
 }
 
 // retry repeats f with growing pauses until it succeeds; false means that ctx

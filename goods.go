@@ -87,12 +87,16 @@ type service struct {
 	// doubtAt is when a write was left whose outcome, or effect on the cache,
 	// is not known, in Unix nanoseconds: see write.
 	doubtAt atomic.Int64
+	// moving holds one token for the only move that runs: they would wait for
+	// each other in Postgres, and hold all its connections meanwhile.
+	moving  chan struct{}
 	closing atomic.Bool
 }
 
 // start begins the batchers. Each has one worker: while it waits for a store,
 // the next batch gathers, and more workers would only make smaller batches.
 func (s *service) start() {
+	s.moving = make(chan struct{}, 1)
 	const most = 64
 	startBatcher(s, &s.lists, "list", most, s.readPages)
 	startBatcher(s, &s.creates, "create", most, s.insertGoods)
@@ -287,7 +291,13 @@ func (s *service) edit(ctx context.Context, targets []target, apply func(tx *sql
 	}
 	results := make([]result[good], len(targets))
 	err := s.write(ctx, s.db, func(tx *sql.Tx) ([]int, error) {
-		goods, err := scanGoods(s.db.query(ctx, tx, lockGoods, pq.Array(ids)))
+		// In company, nobody waits for a good that somebody else has locked:
+		// what is not found may be that, and is looked for alone.
+		lock, notFound := lockGoods, errGoodNotFound
+		if len(targets) > 1 {
+			lock, notFound = lockGoods+` SKIP LOCKED`, errTryAlone
+		}
+		goods, err := scanGoods(s.db.query(ctx, tx, lock, pq.Array(ids)))
 		if err != nil {
 			return nil, fmt.Errorf("lock goods: %w", err)
 		}
@@ -301,7 +311,9 @@ func (s *service) edit(ctx context.Context, targets []target, apply func(tx *sql
 			named := map[int32]bool{}
 			for _, i := range left {
 				t := targets[i]
-				if g, ok := locked[t.id]; !ok || g.ProjectID != t.projectID || g.Removed {
+				if g, ok := locked[t.id]; !ok {
+					results[i].err = notFound
+				} else if g.ProjectID != t.projectID || g.Removed {
 					results[i].err = errGoodNotFound
 				} else if named[t.id] {
 					later = append(later, i)
@@ -396,6 +408,12 @@ RETURNING id, priority`
 // that has a new place, in the new order; or the good alone if none has. It
 // refuses to move more than most goods.
 func (s *service) move(ctx context.Context, db *database, t target, to, most int) ([]place, error) {
+	select {
+	case s.moving <- struct{}{}:
+		defer func() { <-s.moving }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 	var places []place
 	err := s.write(ctx, db, func(tx *sql.Tx) ([]int, error) {
 		if _, err := tx.ExecContext(ctx, `SELECT lock_priorities()`); err != nil {

@@ -67,13 +67,13 @@ type route struct {
 // newHandler serves routes; every other request gets its error as JSON.
 func (s *service) newHandler(routes []route) http.Handler {
 	mux := http.NewServeMux()
-	allowed := map[string]string{} // the Allow header, by path
+	known := map[string]bool{}
 	for _, rt := range routes {
 		methods := rt.method
 		if methods == http.MethodGet {
 			methods = "GET, HEAD"
 		}
-		allowed[rt.path] = methods
+		known[rt.path] = true
 		mux.Handle(rt.method+" "+rt.path, s.answer(rt.path, rt.handler))
 		mux.Handle(rt.path, s.answer(rt.path, func(w http.ResponseWriter, r *http.Request) error {
 			w.Header().Set("Allow", methods)
@@ -83,7 +83,7 @@ func (s *service) newHandler(routes []route) http.Handler {
 	unknown := s.answer("other", func(http.ResponseWriter, *http.Request) error { return errRouteNotFound })
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		// Paths are exact: the mux would redirect one that it can clean.
-		if _, ok := allowed[r.URL.Path]; !ok {
+		if !known[r.URL.EscapedPath()] {
 			unknown.ServeHTTP(w, r)
 			return
 		}
@@ -360,7 +360,7 @@ func (in *input) missing(name string) {
 
 // name returns the field name, which every good has.
 func (in *input) name() string {
-	s := in.text("name", 255)
+	s := in.text("name", maxName)
 	switch {
 	case s == nil:
 		in.missing("name")

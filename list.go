@@ -17,14 +17,14 @@ import (
 const (
 	maxLimit = 1000
 	// maxRead bounds the goods, and so the memory, of one exchange with the stores.
-	maxRead = 4 * maxLimit
+	maxRead = maxLimit
 	// maxPooled is the size in bytes up to which a reply's buffer is kept.
 	maxPooled = 64 << 10
 	// maxDrop is how many positions are deleted from the cache one by one; of
 	// more, raising the epoch is the cheaper way.
 	maxDrop = 10_000
-	// doubtLife is how long a transaction that lost its client may still commit.
-	doubtLife = 3 * time.Second
+	// doubtLife is longer than a transaction that lost its client may live on.
+	doubtLife = answerWithin + time.Second
 )
 
 type listRequest struct {
@@ -125,16 +125,22 @@ func (s *service) readTogether(ctx context.Context, requests []listRequest, resu
 		}
 	}
 	guess := s.cache.epoch.Load()
-	reading := s.cache.startRead(ctx, guess, positions)
+	var values [][]byte
+	var cacheErr error
+	cacheRead := make(chan struct{})
+	go func() {
+		values, cacheErr = s.cache.read(ctx, guess, positions)
+		close(cacheRead)
+	}()
 	var total, removed, epoch int64
 	err := s.db.queryRow(ctx, nil, readMeta, nil, &total, &removed, &epoch)
-	values, cacheErr := reading.wait()
+	<-cacheRead
 	if err != nil {
 		return fmt.Errorf("read meta: %w", err)
 	}
 	if epoch != guess {
 		s.cache.epoch.Store(epoch)
-		values, cacheErr = s.cache.startRead(ctx, epoch, positions).wait()
+		values, cacheErr = s.cache.read(ctx, epoch, positions)
 	}
 	useCache := cacheErr == nil && s.doubtAt.Load() == 0
 	if !useCache {

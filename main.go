@@ -24,6 +24,7 @@ import (
 	_ "embed"
 
 	"github.com/ClickHouse/clickhouse-go/v2"
+	"github.com/lib/pq"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
@@ -37,8 +38,8 @@ const (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout)
-	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "goods:", err)
 		os.Exit(1)
@@ -59,9 +60,11 @@ var variables = []struct {
 		return nil
 	}},
 	{"POSTGRES_URL", "postgres://goods:goods@localhost:5432/goods?sslmode=disable", "the database of the goods", func(c *config, v string) error {
-		c.postgres = v
-		_, err := openPostgres(v, answerWithin)
-		return validURL(v, err, "postgres", "postgresql")
+		c.postgres = v // may name several hosts, or a socket, which no other URL can
+		if _, err := pq.NewConfig(v); err != nil || !strings.HasPrefix(v, "postgres://") && !strings.HasPrefix(v, "postgresql://") {
+			return errors.New("is not a usable postgres://host:port URL")
+		}
+		return nil
 	}},
 	{"REDIS_URL", "redis://localhost:6379/0", "the cache", func(c *config, v string) error {
 		c.redis = v
@@ -259,16 +262,31 @@ func healthcheck(ctx context.Context, cfg *config) error {
 
 // preparePostgres waits for the server and applies its migrations.
 func preparePostgres(ctx context.Context, cfg *config, log *slog.Logger) error {
-	db, err := openPostgres(cfg.postgres, time.Hour) // a migration may take its time
+	db, err := openPostgres(cfg.postgres, answerWithin)
 	if err != nil {
 		return err
 	}
-	defer db.Close()
+	defer closeSoon(db)
 	if err := awaitPostgres(ctx, db, startPatience); err != nil {
-		u, _ := url.Parse(cfg.postgres)
-		return fmt.Errorf("POSTGRES_URL: %s%s: %w", u.Host, u.Path, err)
+		server, _ := pq.NewConfig(cfg.postgres)
+		return fmt.Errorf("POSTGRES_URL: %s:%d/%s: %w", server.Host, server.Port, server.Database, err)
 	}
-	return migratePostgres(ctx, db, migrations, log)
+	patient, err := openPostgres(cfg.postgres, time.Hour) // a migration may take its time
+	if err != nil {
+		return err
+	}
+	defer closeSoon(patient)
+	return migratePostgres(ctx, patient, migrations, log)
+}
+
+// closeSoon closes c, but does not wait long for a server that is frozen.
+func closeSoon(c io.Closer) {
+	done := make(chan struct{})
+	go func() { _ = c.Close(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(time.Second):
+	}
 }
 
 // openNATS returns a connection that is made, and made again, in the
@@ -312,17 +330,17 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	defer db.Close()
+	defer closeSoon(db)
 	slow, err := openPostgres(cfg.postgres, slowLimit)
 	if err != nil {
 		return err
 	}
-	defer slow.Close()
+	defer closeSoon(slow)
 	loose, err := openPostgres(cfg.postgres, eventTimeout, "synchronous_commit=off")
 	if err != nil {
 		return err
 	}
-	defer loose.Close()
+	defer closeSoon(loose)
 	nc, err := openNATS(cfg.nats, log)
 	if err != nil {
 		return fmt.Errorf("NATS_URL: %w", err)
@@ -336,7 +354,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("CLICKHOUSE_URL: %w", err)
 	}
-	defer ch.Close()
+	defer closeSoon(ch)
 
 	counts := newMetrics(db)
 	health := newHealth(log)
@@ -347,9 +365,9 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		nudge: make(chan struct{}, 1),
 	}
 	s := &service{
-		db: db, slow: slow, cache: newCache(cfg.redis, cfg.namespace, health.redis, counts),
-		wake: events.wake, log: log, counts: counts, health: health,
+		db: db, slow: slow, wake: events.wake, log: log, counts: counts, health: health,
 	}
+	s.cache = newCache(cfg.redis, cfg.namespace, s.raiseEpoch, health.redis, counts)
 	// Whoever served before may have died between a commit and its cache.
 	if err := s.raiseEpoch(ctx); err != nil {
 		return err

@@ -74,7 +74,6 @@ func TestBadVariables(t *testing.T) {
 		{"POSTGRES_URL=postgres://goods:s3cret@localhost:port/goods", postgres},
 		{"POSTGRES_URL=postgres://goods:s3cret%@localhost/goods", postgres},
 		{"POSTGRES_URL=postgres://goods:s3cret@localhost/goods?sslmode=perhaps", postgres},
-		{"POSTGRES_URL=postgres://goods:s3cret@/goods", postgres},
 		{"REDIS_URL=127.0.0.1:6379", redis},
 		{"REDIS_URL=http://:s3cret@localhost", redis},
 		{"REDIS_URL=redis://:s3cret%zz@localhost", redis},

@@ -35,6 +35,7 @@ func openPostgres(url string, limit time.Duration, settings ...string) (*databas
 	}
 	cfg.Runtime["statement_timeout"] = strconv.FormatInt(limit.Milliseconds(), 10)
 	cfg.Runtime["lock_timeout"] = strconv.FormatInt((limit / 4).Milliseconds(), 10)
+	cfg.Runtime["idle_in_transaction_session_timeout"] = cfg.Runtime["statement_timeout"]
 	cfg.Runtime["TimeZone"] = "UTC"
 	for _, s := range settings {
 		name, value, _ := strings.Cut(s, "=")
