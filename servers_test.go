@@ -1,5 +1,3 @@
-//go:build faults || soak
-
 package main
 
 import (
