@@ -390,7 +390,7 @@ func (b *bench) lists() {
 	}
 	for i := range 1000 {
 		if i%10 == 9 {
-			mixed = append(mixed, update(1+rand.IntN(goods)))
+			mixed = append(mixed, updateOf(1+rand.IntN(goods)))
 		} else {
 			mixed = append(mixed, hot)
 		}
@@ -418,7 +418,7 @@ func (b *bench) lists() {
 	b.busy("hot list and updates", rowMixed.got)
 }
 
-func update(id int) request {
+func updateOf(id int) request {
 	return request{"PATCH", fmt.Sprintf("/goods/update?id=%d&projectId=1", id), `{"name":"updated good"}`}
 }
 
@@ -499,7 +499,7 @@ func (b *bench) writes() {
 	}
 	var updates []request
 	for range 10_000 {
-		updates = append(updates, update(1+rand.IntN(goods)))
+		updates = append(updates, updateOf(1+rand.IntN(goods)))
 	}
 	creates := b.row("create", "one INSERT per transaction, same triggers, straight to Postgres", 10)
 	edits := b.row("update", "BEGIN; SELECT … FOR UPDATE; UPDATE …; COMMIT, straight to Postgres", 2)
@@ -550,7 +550,10 @@ func (b *bench) alone() {
 					return err
 				}
 				q := listRequest{in.numberOr("limit", 10, maxLimit), in.numberOr("offset", 1, maxInt32)}
-				return alone(r, s.readPages, q, func(p page) error { return writePage(w, q, p) })
+				return alone(r, s.readPages, q, func(page []byte) error {
+					writeBody(w, http.StatusOK, page)
+					return nil
+				})
 			}
 		case "/goods/create":
 			unbatched[i].handler = func(w http.ResponseWriter, r *http.Request) error {
@@ -580,7 +583,7 @@ func (b *bench) alone() {
 		what    string
 		request request
 	}{
-		{"list", pageAt(1)}, {"create", request{"POST", "/goods/create?projectId=1", `{"name":"created good"}`}}, {"update", update(50_000)},
+		{"list", pageAt(1)}, {"create", request{"POST", "/goods/create?projectId=1", `{"name":"created good"}`}}, {"update", updateOf(50_000)},
 	} {
 		r := b.row("one "+one.what+" alone, p50", "the same without the batch", 1.05)
 		r.compare, r.atMost = medians, true

@@ -79,7 +79,7 @@ type service struct {
 	counts *metrics
 	health *health
 
-	lists   batcher[listRequest, page]
+	lists   batcher[listRequest, []byte]
 	creates batcher[createRequest, good]
 	updates batcher[updateRequest, good]
 	removes batcher[target, good]

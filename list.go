@@ -1,14 +1,12 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"database/sql"
 	"errors"
 	"fmt"
 	"net/http"
 	"strconv"
-	"sync"
 	"time"
 
 	"github.com/lib/pq"
@@ -18,8 +16,6 @@ const (
 	maxLimit = 1000
 	// maxRead bounds the goods, and so the memory, of one exchange with the stores.
 	maxRead = maxLimit
-	// maxPooled is the size in bytes up to which a reply's buffer is kept.
-	maxPooled = 64 << 10
 	// maxDrop is how many positions are deleted from the cache one by one; of
 	// more, raising the epoch is the cheaper way.
 	maxDrop = 10_000
@@ -32,12 +28,6 @@ type listRequest struct {
 	offset int // the position of the first good, from 1
 }
 
-// page is the answer to a list: the goods as JSON.
-type page struct {
-	total, removed int64
-	goods          [][]byte
-}
-
 func (s *service) list(w http.ResponseWriter, r *http.Request) error {
 	in, err := readInput(w, r)
 	if err != nil {
@@ -47,47 +37,18 @@ func (s *service) list(w http.ResponseWriter, r *http.Request) error {
 	if err := in.fault(); err != nil {
 		return err
 	}
-	p, err := s.lists.do(r.Context(), q)
+	page, err := s.lists.do(r.Context(), q)
 	if err != nil {
 		return err
 	}
-	return writePage(w, q, p)
-}
-
-func writePage(w http.ResponseWriter, q listRequest, p page) error {
-	buf := listBuffers.Get().(*bytes.Buffer)
-	defer func() {
-		if buf.Cap() <= maxPooled {
-			listBuffers.Put(buf)
-		}
-	}()
-	buf.Reset()
-	b := append(buf.AvailableBuffer(), `{"meta":{"total":`...)
-	b = strconv.AppendInt(b, p.total, 10)
-	b = append(b, `,"removed":`...)
-	b = strconv.AppendInt(b, p.removed, 10)
-	b = append(b, `,"limit":`...)
-	b = strconv.AppendInt(b, int64(q.limit), 10)
-	b = append(b, `,"offset":`...)
-	b = strconv.AppendInt(b, int64(q.offset), 10)
-	b = append(b, `},"goods":[`...)
-	buf.Write(b)
-	for i, g := range p.goods {
-		if i > 0 {
-			buf.WriteByte(',')
-		}
-		buf.Write(g)
-	}
-	buf.WriteString("]}\n")
-	writeBody(w, http.StatusOK, buf.Bytes())
+	writeBody(w, http.StatusOK, page)
 	return nil
 }
 
-var listBuffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
-
-// readPages answers a batch of lists. Equal requests share one page.
-func (s *service) readPages(ctx context.Context, requests []listRequest) ([]result[page], error) {
-	results := make([]result[page], len(requests))
+// readPages answers a batch of lists with their replies. Equal requests share
+// one, which nobody may change.
+func (s *service) readPages(ctx context.Context, requests []listRequest) ([]result[[]byte], error) {
+	results := make([]result[[]byte], len(requests))
 	for begin := 0; begin < len(requests); {
 		end, size := begin+1, requests[begin].limit
 		for end < len(requests) && size+requests[end].limit <= maxRead {
@@ -108,20 +69,16 @@ FROM meta`
 
 // readTogether reads the counts from Postgres and the goods of all pages from
 // Redis, at the same time, and then what was missing from Postgres.
-func (s *service) readTogether(ctx context.Context, requests []listRequest, results []result[page]) error {
-	pages := make(map[listRequest]int, len(requests)) // to the first result for it
-	index := map[int]int{}                            // from a position to its place in positions
+func (s *service) readTogether(ctx context.Context, requests []listRequest, results []result[[]byte]) error {
+	pages := make(map[listRequest]int, len(requests)) // to where its positions begin
 	var positions []int
-	for i, q := range requests {
+	for _, q := range requests {
 		if _, ok := pages[q]; ok {
 			continue
 		}
-		pages[q] = i
+		pages[q] = len(positions)
 		for p := q.offset; p < q.offset+q.limit; p++ {
-			if _, ok := index[p]; !ok {
-				index[p] = len(positions)
-				positions = append(positions, p)
-			}
+			positions = append(positions, p)
 		}
 	}
 	guess := s.cache.epoch.Load()
@@ -149,20 +106,39 @@ func (s *service) readTogether(ctx context.Context, requests []listRequest, resu
 	if err := s.fillGaps(ctx, epoch, total, positions, values, useCache); err != nil {
 		return err
 	}
+	replies := make(map[listRequest][]byte, len(pages))
 	for i, q := range requests {
-		if first := pages[q]; first != i {
-			results[i] = results[first]
-			continue
+		if replies[q] == nil {
+			replies[q] = pageJSON(q, total, removed, values[pages[q]:][:q.limit])
 		}
-		goods := make([][]byte, 0, max(0, min(int64(q.limit), total-int64(q.offset)+1)))
-		for p := q.offset; p < q.offset+q.limit && int64(p) <= total; p++ {
-			if g := values[index[p]]; g != nil {
-				goods = append(goods, g)
-			}
-		}
-		results[i].answer = page{total, removed, goods}
+		results[i].answer = replies[q]
 	}
 	return nil
+}
+
+// pageJSON puts the reply together. Places without a good are left out.
+func pageJSON(q listRequest, total, removed int64, goods [][]byte) []byte {
+	size := 128 // for the rest
+	for _, g := range goods {
+		size += len(g) + 1
+	}
+	b := append(make([]byte, 0, size), `{"meta":{"total":`...)
+	b = strconv.AppendInt(b, total, 10)
+	b = append(b, `,"removed":`...)
+	b = strconv.AppendInt(b, removed, 10)
+	b = append(b, `,"limit":`...)
+	b = strconv.AppendInt(b, int64(q.limit), 10)
+	b = append(b, `,"offset":`...)
+	b = strconv.AppendInt(b, int64(q.offset), 10)
+	b = append(b, `},"goods":[`...)
+	empty := len(b)
+	for _, g := range goods {
+		if g != nil && len(b) > empty {
+			b = append(b, ',')
+		}
+		b = append(b, g...)
+	}
+	return append(b, "]}\n"...)
 }
 
 const readGoods = `
@@ -175,7 +151,6 @@ WHERE priority = ANY ($1)`
 // allows.
 func (s *service) fillGaps(ctx context.Context, epoch, last int64, positions []int, values [][]byte, useCache bool) error {
 	var missing, free []int // positions to read; those of them that nobody holds a lease on
-	at := map[int]int{}
 	hits := 0
 	for i, p := range positions {
 		switch {
@@ -185,7 +160,6 @@ func (s *service) fillGaps(ctx context.Context, epoch, last int64, positions []i
 			hits++
 		default:
 			missing = append(missing, p)
-			at[p] = i
 			if values[i] == nil {
 				free = append(free, p)
 			}
@@ -214,7 +188,11 @@ func (s *service) fillGaps(ctx context.Context, epoch, last int64, positions []i
 			return err
 		}
 		encoded[int(g.Priority)] = b
-		values[at[int(g.Priority)]] = b
+	}
+	for i, p := range positions {
+		if values[i] == nil {
+			values[i] = encoded[p]
+		}
 	}
 	if len(l.positions) > 0 {
 		_ = s.cache.fill(ctx, l, encoded) // the next list tries again
