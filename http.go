@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"net/http"
 	"net/url"
@@ -109,7 +110,9 @@ func (s *service) answer(route string, handler func(http.ResponseWriter, *http.R
 		}
 		took := time.Since(start)
 		observed.observe(reply.status, took)
-		s.log.Debug("request", "id", id, "method", r.Method, "path", r.URL.Path, "status", reply.status, "seconds", took.Seconds(), "err", err)
+		if s.log.Enabled(r.Context(), slog.LevelDebug) { // or its values would be made for nothing
+			s.log.Debug("request", "id", id, "method", r.Method, "path", r.URL.Path, "status", reply.status, "seconds", took.Seconds(), "err", err)
+		}
 	})
 }
 
