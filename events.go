@@ -353,10 +353,14 @@ func (p *pipeline) store(ctx context.Context, messages []jetstream.Msg) {
 	if len(events) == 0 {
 		return
 	}
+	again := false
 	stored := p.retry(ctx, func() error {
 		for _, m := range good {
-			_ = m.InProgress() // else another replica gets them meanwhile
+			if again {
+				_ = m.InProgress() // else another replica gets them meanwhile
+			}
 		}
+		again = true
 		return p.insert(ctx, events)
 	}) && p.retry(ctx, func() error { return p.forget(ctx, events) })
 	for _, m := range good {

@@ -30,6 +30,21 @@ $$
     SELECT pg_advisory_xact_lock(hashtext('goods.priority'))
 $$;
 
+-- Taken once a statement: taking it again for each row would cost as much as
+-- the row itself.
+CREATE FUNCTION goods_lock_insert() RETURNS trigger
+    LANGUAGE plpgsql AS
+$$
+BEGIN
+    PERFORM lock_priorities();
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER goods_lock_insert
+    BEFORE INSERT ON goods
+    FOR EACH STATEMENT EXECUTE FUNCTION goods_lock_insert();
+
 -- A new good stands last. The function is VOLATILE (the default), so each of
 -- its statements has a snapshot of its own: max() sees what was committed
 -- while the lock was waited for, and the rows that the same INSERT has
@@ -38,7 +53,6 @@ CREATE FUNCTION goods_before_insert() RETURNS trigger
     LANGUAGE plpgsql AS
 $$
 BEGIN
-    PERFORM lock_priorities();
     NEW.priority := (SELECT coalesce(max(priority), 0) + 1 FROM goods);
     NEW.version := 1;
     RETURN NEW;
