@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -284,6 +285,18 @@ func torn(n int) func(io.Writer, []byte) error {
 		_, err := client.Write(part)
 		return err
 	}
+}
+
+// lost is an answer that never comes, on a connection that stays.
+func lost(io.Writer, []byte) error { return nil }
+
+// unheard ends one in four connections when Postgres has committed and says so.
+func unheard(client io.Writer, part []byte) error {
+	if bytes.Contains(part, []byte("COMMIT\x00")) && rand.N(4) == 0 {
+		return io.ErrClosedPipe
+	}
+	_, err := client.Write(part)
+	return err
 }
 
 // lane is faults that happen one after the other, to the same servers.

@@ -72,9 +72,16 @@ var lanes = []lane{
 	}},
 	{"wire", []fault{
 		{name: "replies of Postgres torn", through: "postgres", during: spoiled(torn(50)), may: unserved, within: 5 * time.Second},
+		{name: "commits of Postgres unheard", through: "postgres", during: spoiled(unheard), may: unserved, within: 5 * time.Second},
 		{name: "replies of Redis torn", through: "redis", during: spoiled(torn(5))},
 		{name: "replies of NATS torn", through: "nats", during: spoiled(torn(5))},
 		{name: "replies of ClickHouse torn", through: "clickhouse", during: spoiled(torn(5))},
+		{name: "replies of Postgres lost", through: "postgres", during: spoiled(lost), may: unserved, within: 5 * time.Second},
+		{name: "replies of Redis lost", through: "redis", during: spoiled(lost)},
+		{name: "replies of NATS lost", through: "nats", during: spoiled(lost)},
+		{name: "replies of ClickHouse lost", through: "clickhouse", during: spoiled(lost)},
+	}},
+	{"clients", []fault{
 		{name: "clients that send a byte a second", during: slowClients},
 		{name: "bodies that never end", during: endlessBodies},
 		{name: "ten thousand idle connections", during: idleClients, within: 3 * time.Second},
