@@ -23,6 +23,7 @@ const (
 	relayPoll    = time.Second // on average; a nudge comes earlier
 	relaySettle  = 20 * time.Millisecond
 	eventTimeout = 5 * time.Second // for one exchange with NATS or ClickHouse
+	lostAckAfter = 2 * time.Second // for NATS to confirm an event, which is then sent again
 	ackWait      = 10 * time.Second
 	lostAfter    = 30 * time.Second
 	retryFirst   = 100 * time.Millisecond

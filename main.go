@@ -349,7 +349,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		return fmt.Errorf("NATS_URL: %w", err)
 	}
 	defer nc.Close()
-	js, err := jetstream.New(nc, jetstream.WithPublishAsyncTimeout(eventTimeout))
+	js, err := jetstream.New(nc, jetstream.WithPublishAsyncTimeout(lostAckAfter))
 	if err != nil {
 		return err
 	}
