@@ -189,14 +189,11 @@ func unavailable(err error) bool {
 		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) || errors.Is(err, errStopped)
 }
 
-// awaitPostgres waits until the server answers, for at most patience. A server
+// awaitPostgres waits until the server answers, for about patience. A server
 // that answers with a refusal (wrong password, no such database) is an error
 // at once.
 func awaitPostgres(ctx context.Context, db *database, patience time.Duration) error {
-	start := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	for {
+	for start := time.Now(); ; pause(ctx, 250*time.Millisecond) {
 		err := ping(ctx, db)
 		if err == nil {
 			return nil
@@ -204,10 +201,8 @@ func awaitPostgres(ctx context.Context, db *database, patience time.Duration) er
 		if e := pq.As(err); e != nil && (e.Code.Class() == pqerror.ClassInvalidAuthorizationSpecification || e.Code == pqerror.InvalidCatalogName) {
 			return err
 		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("no answer in %v: %w", time.Since(start).Round(100*time.Millisecond), err)
-		case <-time.After(250 * time.Millisecond):
+		if took := time.Since(start); took >= patience || ctx.Err() != nil {
+			return fmt.Errorf("no answer in %v: %w", took.Round(100*time.Millisecond), err)
 		}
 	}
 }
