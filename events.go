@@ -23,7 +23,7 @@ const (
 	relayPoll    = time.Second // on average; a nudge comes earlier
 	relaySettle  = 20 * time.Millisecond
 	eventTimeout = 5 * time.Second // for one exchange with NATS or ClickHouse
-	lostAckAfter = 2 * time.Second // for NATS to confirm an event, which is then sent again
+	natsTimeout  = 2 * time.Second // for one answer of NATS; what is then sent again is a repeat
 	ackWait      = 10 * time.Second
 	lostAfter    = 30 * time.Second
 	retryFirst   = 100 * time.Millisecond
@@ -204,7 +204,7 @@ func (p *pipeline) connect(ctx context.Context) (jetstream.Consumer, error) {
 	defer p.mu.Unlock()
 	p.consumer = nil
 	start := time.Now()
-	limited, cancel := context.WithTimeout(ctx, eventTimeout)
+	limited, cancel := context.WithTimeout(ctx, natsTimeout)
 	defer cancel()
 	stream, err := p.js.Stream(limited, p.stream)
 	missing := errors.Is(err, jetstream.ErrStreamNotFound)
