@@ -120,12 +120,12 @@ test: ## run the tests with the race detector; TESTFLAGS='-run Name -v'
 	$(servers)
 	go test -race -count=1 -parallel=4 -timeout=10m $(TESTFLAGS) ./...
 
+# Without the race detector: its price would hide what clients see. The soak has it.
 .PHONY: faults
 faults: ## break every server, and the service, under load; prints what clients saw
 	$(contained)
-	$(compiler)
 	$(servers)
-	go test -race -count=1 -parallel=4 -timeout=10m -tags faults -run 'TestFaults' -v $(TESTFLAGS) .
+	go test -count=1 -parallel=4 -timeout=10m -tags faults -run TestFaults -v $(TESTFLAGS) .
 
 .PHONY: lint
 lint: ## gofmt, go vet, staticcheck, Redocly, promtool; shellcheck where it is installed

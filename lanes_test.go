@@ -65,8 +65,8 @@ var lanes = []lane{
 	}},
 	{"service", []fault{
 		{name: "service killed twenty times", during: serviceKilled, may: []int{unanswered}},
-		{name: "one of two services killed", replicas: 2, during: replicaKilled, may: []int{unanswered}},
-		{name: "one of three services killed", replicas: 3, during: replicaKilled, may: []int{unanswered}},
+		{name: "one of two services killed and restarted", replicas: 2, during: replicaKilled, may: []int{unanswered}},
+		{name: "one of three services killed and restarted", replicas: 3, during: replicaKilled, may: []int{unanswered}},
 		{name: "services restarted in turn with SIGTERM", replicas: 2, during: rolled, within: 3 * time.Second},
 		{name: "messages repeated, out of order, and garbage", during: messagesSpoiled},
 	}},
@@ -266,13 +266,17 @@ func serviceKilled(t testing.TB, s *scene) {
 	}
 }
 
+// replicaKilled kills one of several, and starts it again as its supervisor
+// would: the start also ends what the others may still cache of writes that
+// the dead one could not answer.
 func replicaKilled(t testing.TB, s *scene) {
 	s.last(aWhile / 2)
-	dead := s.apps[len(s.apps)-1]
-	s.apps = s.apps[:len(s.apps)-1]
-	must(t, dead.process.Kill())
-	s.load.aim(s.apps...)
+	dead := len(s.apps) - 1
+	must(t, s.apps[dead].process.Kill())
+	s.load.aim(s.apps[:dead]...)
 	s.last(aWhile / 2)
+	s.apps[dead] = s.exec(t)
+	s.load.aim(s.apps...)
 }
 
 // rolled restarts the replicas one after the other, as a balancer sees it: it
