@@ -84,7 +84,7 @@ var lanes = []lane{
 	{"clients", []fault{
 		{name: "clients that send a byte a second", during: slowClients},
 		{name: "bodies that never end", during: endlessBodies},
-		{name: "ten thousand idle connections", during: idleClients, within: 3 * time.Second},
+		{name: "ten thousand idle connections", during: idleClients, within: 5 * time.Second},
 		{name: "clients that leave", during: leavingClients},
 	}},
 	{"together", []fault{
