@@ -3,13 +3,13 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
+	"math/rand/v2"
 	"net/http"
 	"net/url"
 	"runtime/debug"
@@ -170,7 +170,7 @@ func requestID(r *http.Request) string {
 	id := r.Header.Get("X-Request-Id")
 	unfit := func(c rune) bool { return c <= ' ' || c > '~' }
 	if id == "" || len(id) > 128 || strings.ContainsFunc(id, unfit) {
-		return rand.Text()
+		return strconv.FormatUint(rand.Uint64(), 36)
 	}
 	return id
 }
