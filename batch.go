@@ -36,56 +36,66 @@ type result[A any] struct {
 	err    error
 }
 
-// batcher turns concurrent calls into one. Callers hand in a request with do
-// and wait; a worker takes one request, adds whatever else already waits, and
-// runs them together. Alone, a request waits for nobody; under load, a round
-// trip or a commit is shared by dozens. A request joins only a batch that has
-// not begun, so a read sees every write that was answered before it was asked.
+// batcher turns concurrent calls into one. A caller that finds no batch running
+// runs one, of its own request and whatever else waits at that moment; those
+// who come meanwhile wait for the next. Alone, a request waits for nobody;
+// under load, a round trip or a commit is shared by dozens. A request joins
+// only a batch that has not begun, so a read sees every write that was answered
+// before it was asked.
 type batcher[Q, A any] struct {
 	name  string
 	limit int // requests in one batch
 	// run answers a batch: one result for each request, in their order, or one
-	// error for all of them. It runs in one goroutine a worker.
+	// error for all of them. After an error or errTryAlone, it is called with
+	// single requests, from several goroutines.
 	run   func(ctx context.Context, requests []Q) ([]result[A], error)
 	sizes *histogram
 	log   *slog.Logger
 
+	running chan struct{}    // holds a token while a batch runs
 	calls   chan *call[Q, A] // unbuffered: a caller that gives up leaves nothing behind
 	stop    chan struct{}
-	workers sync.WaitGroup
 }
 
 type call[Q, A any] struct {
 	ctx     context.Context
 	request Q
-	done    chan result[A] // holds one result, so that a worker never waits for a caller
+	done    chan result[A] // holds one result, so that a batch never waits for a caller
 }
 
-// start begins n workers; close ends them.
-func (b *batcher[Q, A]) start(n int) {
+// start makes the batcher ready; close ends it.
+func (b *batcher[Q, A]) start() {
+	b.running = make(chan struct{}, 1)
 	b.calls = make(chan *call[Q, A])
 	b.stop = make(chan struct{})
-	for range n {
-		b.workers.Go(b.work)
-	}
 }
 
-// close waits for the batches that run; callers still waiting get errStopped.
+// close waits for the batch that runs; callers still waiting get errStopped.
 func (b *batcher[Q, A]) close() {
 	close(b.stop)
-	b.workers.Wait()
+	b.running <- struct{}{} // for ever
 }
 
 // do answers one request, in company or alone, or fails after answerWithin.
 // When ctx ends first, a request that has not begun is dropped; one that has
-// begun is finished unheard.
+// begun is finished unheard. Whoever runs a batch stays until it is done, for
+// which answerWithin is the limit, too.
 func (b *batcher[Q, A]) do(ctx context.Context, request Q) (A, error) {
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
 	c := &call[Q, A]{ctx: ctx, request: request, done: make(chan result[A], 1)}
 	var none A
 	select {
+	case b.running <- struct{}{}:
+		b.lead(c) // right here: to change goroutines would take longer than to run
+		r := <-c.done
+		return r.answer, r.err
+	default:
+	}
+	select {
 	case b.calls <- c:
+	case b.running <- struct{}{}:
+		go b.lead(c) // time has passed: this caller must be able to give up
 	case <-ctx.Done():
 		return none, ctx.Err()
 	case <-b.stop:
@@ -99,15 +109,11 @@ func (b *batcher[Q, A]) do(ctx context.Context, request Q) (A, error) {
 	}
 }
 
-func (b *batcher[Q, A]) work() {
-	for {
-		select {
-		case <-b.stop:
-			return
-		case first := <-b.calls:
-			b.serve(b.gather(first))
-		}
-	}
+// lead runs a batch that begins with first. The caller has put the token in
+// running; lead takes it out.
+func (b *batcher[Q, A]) lead(first *call[Q, A]) {
+	defer func() { <-b.running }()
+	b.serve(b.gather(first))
 }
 
 // gather adds to the first call those that wait at this moment.

@@ -66,7 +66,7 @@ func scanGoods(rows *sql.Rows, err error) ([]good, error) {
 	return goods, rows.Err()
 }
 
-// service answers the API's calls. Its batchers run until close.
+// service answers the API's calls. Its batchers serve until close.
 type service struct {
 	db     *database
 	slow   *database // the same, with more patience: for long moves
@@ -90,8 +90,8 @@ type service struct {
 	closing atomic.Bool
 }
 
-// start begins the batchers. Each has one worker: while it waits for a store,
-// the next batch gathers, and more workers would only make smaller batches.
+// start makes the batchers ready. Each runs one batch at a time: while it waits
+// for a store, the next one gathers, and more would only be smaller.
 func (s *service) start() {
 	s.moving = make(chan struct{}, 1)
 	const most = 64
@@ -104,7 +104,7 @@ func (s *service) start() {
 func startBatcher[Q, A any](s *service, b *batcher[Q, A], name string, limit int, run func(context.Context, []Q) ([]result[A], error)) {
 	b.name, b.limit, b.run = name, limit, run
 	b.sizes, b.log = s.counts.batch(name), s.log
-	b.start(1)
+	b.start()
 }
 
 // close ends the batchers. It must come after the last request.
