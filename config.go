@@ -25,7 +25,7 @@ var variables = []struct {
 		c.addr = v
 		_, port, err := net.SplitHostPort(v)
 		if n, e := strconv.Atoi(port); err != nil || e != nil || n < 0 || n > 65535 {
-			return errors.New("is not an address such as :8080")
+			return errors.New("is not an address such as :8080, with a port up to 65535")
 		}
 		return nil
 	}},
@@ -44,7 +44,7 @@ var variables = []struct {
 		}
 		return err
 	}},
-	{"NATS_URL", "nats://localhost:4222", "the road of the events; several servers with commas", func(c *config, v string) error {
+	{"NATS_URL", "nats://localhost:4222", "carries the events; several servers with commas", func(c *config, v string) error {
 		c.nats = v
 		for server := range strings.SplitSeq(v, ",") {
 			if err := validURL(strings.TrimSpace(server), nil, "nats", "tls"); err != nil {
@@ -54,14 +54,19 @@ var variables = []struct {
 		return nil
 	}},
 	{"CLICKHOUSE_URL", "clickhouse://localhost:9000/default", "the log of the events; native protocol", func(c *config, v string) (err error) {
-		c.clickhouse, err = clickhouse.ParseDSN(v)
+		if c.clickhouse, err = clickhouse.ParseDSN(v); err == nil {
+			for _, server := range c.clickhouse.Addr {
+				_, _, portErr := net.SplitHostPort(server)
+				err = errors.Join(err, portErr) // the driver knows no default
+			}
+		}
 		return validURL(v, err, "clickhouse")
 	}},
 	{"EVENTS_BATCH", "5", "events in one INSERT into ClickHouse, 1 to 1000", func(c *config, v string) (err error) {
 		c.eventsBatch, err = number(v, 1, 1000)
 		return err
 	}},
-	{"NATS_REPLICAS", "1", "replicas of the stream, when the service creates it", func(c *config, v string) (err error) {
+	{"NATS_REPLICAS", "1", "replicas of the stream, when the service creates it, 1 to 5", func(c *config, v string) (err error) {
 		c.natsReplicas, err = number(v, 1, 5)
 		return err
 	}},

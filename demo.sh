@@ -32,7 +32,10 @@ call() {
 }
 
 # field prints a number of the last reply.
-field() { sed -nE "s/.*\"$1\":([0-9]+).*/\1/p" <<<"$reply"; }
+field() {
+    [[ $reply == *"\"$1\":"* ]] || die "the service can not do that now: is Postgres up?"
+    sed -nE "s/.*\"$1\":([0-9]+).*/\1/p" <<<"$reply"
+}
 
 # query asks the service's ClickHouse.
 query() {

@@ -286,7 +286,10 @@ func (in *input) fault() error {
 func (in *input) number(name string, most int) int {
 	values := in.query[name]
 	if len(values) != 1 {
-		in.bad[name] = "must be given once"
+		in.bad[name] = "is required"
+		if len(values) > 1 {
+			in.bad[name] = "must be given once"
+		}
 		return 0
 	}
 	digits := values[0] != "" && strings.Trim(values[0], "0123456789") == ""

@@ -67,14 +67,22 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	case "healthcheck":
 		return healthcheck(ctx, cfg)
 	case "migrate postgres":
-		return preparePostgres(ctx, cfg, log)
+		err := preparePostgres(ctx, cfg, log)
+		if err == nil {
+			fmt.Fprintln(stdout, "postgres is up to date")
+		}
+		return err
 	case "migrate clickhouse":
 		conn, err := openClickHouse(cfg)
 		if err != nil {
 			return err
 		}
 		defer conn.Close()
-		return migrateClickHouse(ctx, conn, migrations, log)
+		err = migrateClickHouse(ctx, conn, migrations, log)
+		if err == nil {
+			fmt.Fprintln(stdout, "clickhouse is up to date")
+		}
+		return err
 	}
 	return fmt.Errorf("unknown command %q: see goods -h", command)
 }
@@ -133,7 +141,7 @@ func preparePostgres(ctx context.Context, cfg *config, log *slog.Logger) error {
 		return err
 	}
 	defer closeSoon(db)
-	if err := awaitPostgres(ctx, db, startPatience); err != nil {
+	if err := awaitPostgres(ctx, db, startPatience, log); err != nil {
 		server, _ := pq.NewConfig(cfg.postgres)
 		return fmt.Errorf("POSTGRES_URL: %s:%d/%s: %w", server.Host, server.Port, server.Database, err)
 	}
@@ -248,7 +256,13 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	tasks.Go(func() { events.relay(background) })
 	tasks.Go(func() { events.drain(background) })
 	watch := func(d *dependency, ping func(context.Context) error) {
-		tasks.Go(func() { every(background, time.Second, func(ctx context.Context) { d.report("ping", ping(ctx)) }) })
+		tasks.Go(func() {
+			every(background, time.Second, func(ctx context.Context) {
+				if err := ping(ctx); background.Err() == nil {
+					d.report("ping", err)
+				}
+			})
+		})
 	}
 	watch(health.postgres, func(ctx context.Context) error { return ping(ctx, db) })
 	watch(health.redis, s.cache.ping)

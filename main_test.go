@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/url"
 	"os"
@@ -57,7 +58,7 @@ func lineWith(text, part string) string {
 }
 
 func TestBadVariables(t *testing.T) {
-	const address = "HTTP_ADDR is not an address such as :8080"
+	const address = "HTTP_ADDR is not an address such as :8080, with a port up to 65535"
 	const postgres = "POSTGRES_URL is not a usable postgres://host:port URL"
 	const redis = "REDIS_URL is not a usable redis://host:port URL"
 	const nats = "NATS_URL is not a usable nats://host:port URL"
@@ -160,12 +161,12 @@ func TestAwaitPostgres(t *testing.T) {
 	must(t, err)
 	defer db.Close()
 	const refused = "dial tcp 127.0.0.1:1: connect: connection refused"
-	if err := awaitPostgres(context.Background(), db, 500*time.Millisecond); err == nil || !strings.HasPrefix(err.Error(), "no answer in ") || !strings.HasSuffix(err.Error(), "s: "+refused) {
+	if err := awaitPostgres(context.Background(), db, 500*time.Millisecond, slog.New(slog.DiscardHandler)); err == nil || !strings.HasPrefix(err.Error(), "no answer in ") || !strings.HasSuffix(err.Error(), "s: "+refused) {
 		t.Errorf("got %v, want no answer in 500ms: %s", err, refused)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	time.AfterFunc(100*time.Millisecond, cancel)
-	if err := awaitPostgres(ctx, db, time.Hour); err == nil || !strings.HasSuffix(err.Error(), refused) && !errors.Is(err, context.Canceled) {
+	if err := awaitPostgres(ctx, db, time.Hour, slog.New(slog.DiscardHandler)); err == nil || !strings.HasSuffix(err.Error(), refused) && !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v, want the end of the context or %s", err, refused)
 	}
 }

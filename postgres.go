@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"strconv"
 	"strings"
@@ -192,7 +193,8 @@ func unavailable(err error) bool {
 // awaitPostgres waits until the server answers, for about patience. A server
 // that answers with a refusal (wrong password, no such database) is an error
 // at once.
-func awaitPostgres(ctx context.Context, db *database, patience time.Duration) error {
+func awaitPostgres(ctx context.Context, db *database, patience time.Duration, log *slog.Logger) error {
+	said := false
 	for start := time.Now(); ; pause(ctx, 250*time.Millisecond) {
 		err := ping(ctx, db)
 		if err == nil {
@@ -203,6 +205,10 @@ func awaitPostgres(ctx context.Context, db *database, patience time.Duration) er
 		}
 		if took := time.Since(start); took >= patience || ctx.Err() != nil {
 			return fmt.Errorf("no answer in %v: %w", took.Round(100*time.Millisecond), err)
+		}
+		if !said {
+			said = true
+			log.Warn("waiting for postgres", "patience", patience.String(), "err", err)
 		}
 	}
 }
