@@ -104,9 +104,9 @@ func (s *service) answer(route string, handler func(http.ResponseWriter, *http.R
 		err := safely(func() error { return handler(reply, r) })
 		if err != nil {
 			s.writeError(reply, r, id, err)
-			if errors.Is(r.Context().Err(), context.Canceled) {
-				reply.status = 499 // the client has gone, or is very slow: the reply is hardly read
-			}
+		}
+		if errors.Is(r.Context().Err(), context.Canceled) {
+			reply.status = 499 // the client has gone, or is very slow: the reply is hardly read
 		}
 		took := time.Since(start)
 		observed.observe(reply.status, took)
