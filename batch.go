@@ -161,8 +161,8 @@ func (b *batcher[Q, A]) serve(batch []*call[Q, A]) {
 			c.done <- results[i]
 			continue
 		}
-		places <- struct{}{}
 		alone.Go(func() {
+			places <- struct{}{}
 			defer func() { <-places }()
 			if gone := cmp.Or(c.ctx.Err(), ctx.Err()); gone != nil {
 				c.done <- result[A]{err: gone}
