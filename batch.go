@@ -1,14 +1,15 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -52,85 +53,96 @@ type batcher[Q, A any] struct {
 	sizes *histogram
 	log   *slog.Logger
 
-	running chan struct{}    // holds a token while a batch runs
-	calls   chan *call[Q, A] // unbuffered: a caller that gives up leaves nothing behind
-	stop    chan struct{}
+	mu      sync.Mutex    // guards what follows
+	waiting []*call[Q, A] // in the order of their arrival
+	running bool
+	closed  bool
+	batches sync.WaitGroup // counts the running one, for close
 }
 
 type call[Q, A any] struct {
-	ctx     context.Context
 	request Q
 	done    chan result[A] // holds one result, so that a batch never waits for a caller
+	gone    atomic.Bool    // the caller listens no more
 }
 
-// start makes the batcher ready; close ends it.
-func (b *batcher[Q, A]) start() {
-	b.running = make(chan struct{}, 1)
-	b.calls = make(chan *call[Q, A])
-	b.stop = make(chan struct{})
-}
-
-// close waits for the batch that runs; callers still waiting get errStopped.
+// close waits for the batch that runs; callers still waiting get errStopped,
+// as do those that come later.
 func (b *batcher[Q, A]) close() {
-	close(b.stop)
-	b.running <- struct{}{} // for ever
+	b.mu.Lock()
+	b.closed = true
+	for _, c := range b.waiting {
+		c.done <- result[A]{err: errStopped}
+	}
+	b.waiting = nil
+	b.mu.Unlock()
+	b.batches.Wait()
 }
 
 // do answers one request, in company or alone, or fails after answerWithin.
 // When ctx ends first, a request that has not begun is dropped; one that has
 // begun is finished unheard. Whoever runs a batch stays until it is done, for
 // which answerWithin is the limit, too.
-func (b *batcher[Q, A]) do(ctx context.Context, request Q) (A, error) {
-	ctx, cancel := context.WithTimeout(ctx, answerWithin)
-	defer cancel()
-	c := &call[Q, A]{ctx: ctx, request: request, done: make(chan result[A], 1)}
-	var none A
-	select {
-	case b.running <- struct{}{}:
-		b.lead(c) // right here: to change goroutines would take longer than to run
+func (b *batcher[Q, A]) do(ctx context.Context, request Q) (answer A, err error) {
+	c := &call[Q, A]{request: request, done: make(chan result[A], 1)}
+	b.mu.Lock()
+	if b.closed {
+		b.mu.Unlock()
+		return answer, errStopped
+	}
+	b.waiting = append(b.waiting, c)
+	first := !b.running
+	if first {
+		b.running = true
+		b.batches.Add(1)
+	}
+	b.mu.Unlock()
+	if first {
+		b.lead() // right here: to change goroutines would take longer than to run
 		r := <-c.done
 		return r.answer, r.err
-	default:
 	}
-	select {
-	case b.calls <- c:
-	case b.running <- struct{}{}:
-		go b.lead(c) // time has passed: this caller must be able to give up
-	case <-ctx.Done():
-		return none, ctx.Err()
-	case <-b.stop:
-		return none, errStopped
-	}
+	// A timer of its own is far cheaper than one in a context.
+	late := time.NewTimer(answerWithin)
+	defer late.Stop()
 	select {
 	case r := <-c.done:
 		return r.answer, r.err
 	case <-ctx.Done():
-		return none, ctx.Err()
+		err = ctx.Err()
+	case <-late.C:
+		err = context.DeadlineExceeded
 	}
+	c.gone.Store(true)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.waiting = slices.DeleteFunc(b.waiting, func(w *call[Q, A]) bool { return w == c })
+	return answer, err
 }
 
-// lead runs a batch that begins with first. The caller has put the token in
-// running; lead takes it out.
-func (b *batcher[Q, A]) lead(first *call[Q, A]) {
-	defer func() { <-b.running }()
-	b.serve(b.gather(first))
-}
-
-// gather adds to the first call those that wait at this moment.
-func (b *batcher[Q, A]) gather(first *call[Q, A]) []*call[Q, A] {
-	batch := []*call[Q, A]{first}
+// lead runs one batch of those who wait, and has the next one follow.
+func (b *batcher[Q, A]) lead() {
 	// Requests that have been read but not yet handed in are one scheduling
 	// step away: let them come, for the price of a microsecond.
 	runtime.Gosched()
-	for len(batch) < b.limit {
-		select {
-		case c := <-b.calls:
-			batch = append(batch, c)
-		default:
-			return batch
+	b.mu.Lock()
+	size := min(len(b.waiting), b.limit)
+	batch := slices.Clone(b.waiting[:size])
+	b.waiting = slices.Delete(b.waiting, 0, size)
+	b.mu.Unlock()
+	defer func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if len(b.waiting) > 0 {
+			go b.lead() // this caller has its own reply to send
+			return
 		}
+		b.running = false
+		b.batches.Done()
+	}()
+	if size > 0 { // else everybody has left
+		b.serve(batch)
 	}
-	return batch
 }
 
 // serve answers every call of a batch. When the batch fails as a whole, its
@@ -164,8 +176,8 @@ func (b *batcher[Q, A]) serve(batch []*call[Q, A]) {
 		alone.Go(func() {
 			places <- struct{}{}
 			defer func() { <-places }()
-			if gone := cmp.Or(c.ctx.Err(), ctx.Err()); gone != nil {
-				c.done <- result[A]{err: gone}
+			if c.gone.Load() || ctx.Err() != nil {
+				c.done <- result[A]{err: context.DeadlineExceeded}
 			} else if results, err := b.try(ctx, requests[i:i+1]); err != nil {
 				c.done <- result[A]{err: err}
 			} else {

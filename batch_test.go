@@ -46,7 +46,6 @@ func newDesk(limit int, run func(requests []int) ([]result[int], error)) *desk {
 		}
 		return results, nil
 	}
-	d.start()
 	return d
 }
 
@@ -321,7 +320,7 @@ func newService(t testing.TB, getenv func(string) string) *service {
 func serveTogether[Q, A any](t testing.TB, b *batcher[Q, A], requests ...Q) []result[A] {
 	var batch []*call[Q, A]
 	for _, q := range requests {
-		batch = append(batch, &call[Q, A]{ctx: t.Context(), request: q, done: make(chan result[A], 1)})
+		batch = append(batch, &call[Q, A]{request: q, done: make(chan result[A], 1)})
 	}
 	b.serve(batch)
 	var results []result[A]

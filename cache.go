@@ -106,6 +106,14 @@ func (c *cache) key(epoch int64, position int) string {
 	return string(strconv.AppendInt(b, int64(position), 10))
 }
 
+func (c *cache) keys(epoch int64, positions []int) []any {
+	keys := make([]any, len(positions))
+	for i, p := range positions {
+		keys[i] = c.key(epoch, p)
+	}
+	return keys
+}
+
 // recognise raises the epoch if conn leads to another Redis than before: one
 // that was started again, or a replica that has taken over, may hold what a
 // writer has deleted.
@@ -126,35 +134,36 @@ func (c *cache) recognise(ctx context.Context, conn redis.Conn) error {
 	return nil
 }
 
-// read returns what Redis holds for each position: the good's JSON; what is
-// no good (a lease) as it is; nil where there is nothing.
-func (c *cache) read(ctx context.Context, epoch int64, positions []int) ([][]byte, error) {
+// read asks Redis what it holds for each position. The function it returns
+// must be called once, and waits for the answer: the good's JSON; what is no
+// good (a lease) as it is; nil where there is nothing.
+func (c *cache) read(ctx context.Context, epoch int64, positions []int) (receive func() ([][]byte, error)) {
 	conn, err := c.conn(ctx)
 	if err != nil {
-		return nil, err
+		return func() ([][]byte, error) { return nil, err }
 	}
 	commands := 0
 	for chunk := range slices.Chunk(positions, cacheChunk) {
-		args := make([]any, len(chunk))
-		for i, p := range chunk {
-			args[i] = c.key(epoch, p)
-		}
-		if err := conn.Send("MGET", args...); err != nil {
-			return nil, c.release(conn, err)
+		if err = conn.Send("MGET", c.keys(epoch, chunk)...); err != nil {
+			break
 		}
 		commands++
 	}
-	err = conn.Flush()
-	values := make([][]byte, 0, len(positions))
-	for i := 0; i < commands && err == nil; i++ {
-		var some [][]byte
-		some, err = redis.ByteSlices(conn.Receive())
-		values = append(values, some...)
+	if err == nil {
+		err = conn.Flush()
 	}
-	if err == nil && len(values) != len(positions) {
-		err = fmt.Errorf("mget: %d values for %d keys", len(values), len(positions))
+	return func() ([][]byte, error) {
+		values := make([][]byte, 0, len(positions))
+		for i := 0; i < commands && err == nil; i++ {
+			var some [][]byte
+			some, err = redis.ByteSlices(conn.Receive())
+			values = append(values, some...)
+		}
+		if err == nil && len(values) != len(positions) {
+			err = fmt.Errorf("mget: %d values for %d keys", len(values), len(positions))
+		}
+		return values, c.release(conn, err)
 	}
-	return values, c.release(conn, err)
 }
 
 // isGood tells a good's JSON from a lease, and from what others may have
@@ -225,11 +234,7 @@ func (c *cache) drop(ctx context.Context, epoch int64, positions []int) error {
 		return err
 	}
 	for chunk := range slices.Chunk(positions, 10*cacheChunk) {
-		args := make([]any, len(chunk))
-		for i, p := range chunk {
-			args[i] = c.key(epoch, p)
-		}
-		if _, err = conn.Do("UNLINK", args...); err != nil {
+		if _, err = conn.Do("UNLINK", c.keys(epoch, chunk)...); err != nil {
 			break
 		}
 	}

@@ -104,7 +104,6 @@ func (s *service) start() {
 func startBatcher[Q, A any](s *service, b *batcher[Q, A], name string, limit int, run func(context.Context, []Q) ([]result[A], error)) {
 	b.name, b.limit, b.run = name, limit, run
 	b.sizes, b.log = s.counts.batch(name), s.log
-	b.start()
 }
 
 // close ends the batchers. It must come after the last request.

@@ -74,22 +74,16 @@ func (s *service) readTogether(ctx context.Context, requests []listRequest, resu
 		}
 	}
 	guess := s.cache.epoch.Load()
-	var values [][]byte
-	var cacheErr error
-	cacheRead := make(chan struct{})
-	go func() {
-		values, cacheErr = s.cache.read(ctx, guess, positions)
-		close(cacheRead)
-	}()
+	receive := s.cache.read(ctx, guess, positions)
 	var total, removed, epoch int64
 	err := s.db.queryRow(ctx, nil, readMeta, nil, &total, &removed, &epoch)
-	<-cacheRead
+	values, cacheErr := receive()
 	if err != nil {
 		return fmt.Errorf("read meta: %w", err)
 	}
 	if epoch != guess {
 		s.cache.epoch.Store(epoch)
-		values, cacheErr = s.cache.read(ctx, epoch, positions)
+		values, cacheErr = s.cache.read(ctx, epoch, positions)()
 	}
 	useCache := cacheErr == nil && s.doubtAt.Load() == 0
 	if !useCache {
