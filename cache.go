@@ -106,12 +106,18 @@ func (c *cache) key(epoch int64, position int) string {
 	return string(strconv.AppendInt(b, int64(position), 10))
 }
 
-func (c *cache) keys(epoch int64, positions []int) []any {
-	keys := make([]any, len(positions))
-	for i, p := range positions {
-		keys[i] = c.key(epoch, p)
+// keys are those of positions, as the arguments of as many commands as keep
+// each of them short.
+func (c *cache) keys(epoch int64, positions []int) [][]any {
+	var commands [][]any
+	for chunk := range slices.Chunk(positions, cacheChunk) {
+		keys := make([]any, len(chunk))
+		for i, p := range chunk {
+			keys[i] = c.key(epoch, p)
+		}
+		commands = append(commands, keys)
 	}
-	return keys
+	return commands
 }
 
 // recognise raises the epoch if conn leads to another Redis than before: one
@@ -137,32 +143,20 @@ func (c *cache) recognise(ctx context.Context, conn redis.Conn) error {
 // read asks Redis what it holds for each position. The function it returns
 // must be called once, and waits for the answer: the good's JSON; what is no
 // good (a lease) as it is; nil where there is nothing.
-func (c *cache) read(ctx context.Context, epoch int64, positions []int) (receive func() ([][]byte, error)) {
-	conn, err := c.conn(ctx)
-	if err != nil {
-		return func() ([][]byte, error) { return nil, err }
-	}
-	commands := 0
-	for chunk := range slices.Chunk(positions, cacheChunk) {
-		if err = conn.Send("MGET", c.keys(epoch, chunk)...); err != nil {
-			break
-		}
-		commands++
-	}
-	if err == nil {
-		err = conn.Flush()
-	}
+func (c *cache) read(ctx context.Context, epoch int64, positions []int) (answer func() ([][]byte, error)) {
+	replies := c.send(ctx, "MGET", c.keys(epoch, positions))
 	return func() ([][]byte, error) {
+		all, err := replies()
 		values := make([][]byte, 0, len(positions))
-		for i := 0; i < commands && err == nil; i++ {
+		for i := 0; i < len(all) && err == nil; i++ {
 			var some [][]byte
-			some, err = redis.ByteSlices(conn.Receive())
+			some, err = redis.ByteSlices(all[i], nil)
 			values = append(values, some...)
 		}
 		if err == nil && len(values) != len(positions) {
 			err = fmt.Errorf("mget: %d values for %d keys", len(values), len(positions))
 		}
-		return values, c.release(conn, err)
+		return values, err
 	}
 }
 
@@ -183,23 +177,17 @@ type lease struct {
 // goods are read from Postgres.
 func (c *cache) lease(ctx context.Context, epoch int64, positions []int) (lease, error) {
 	l := lease{token: "lease:" + rand.Text(), epoch: epoch}
-	conn, err := c.conn(ctx)
-	if err != nil {
-		return l, err
+	commands := make([][]any, len(positions))
+	for i, p := range positions {
+		commands[i] = []any{c.key(epoch, p), l.token, "NX", "PX", leaseLife.Milliseconds()}
 	}
-	for _, p := range positions {
-		if err = conn.Send("SET", c.key(epoch, p), l.token, "NX", "PX", leaseLife.Milliseconds()); err != nil {
-			return l, c.release(conn, err)
-		}
-	}
-	err = conn.Flush()
-	for i := 0; i < len(positions) && err == nil; i++ {
-		var reply any
-		if reply, err = conn.Receive(); reply != nil {
+	replies, err := c.send(ctx, "SET", commands)()
+	for i, reply := range replies {
+		if reply != nil {
 			l.positions = append(l.positions, positions[i])
 		}
 	}
-	return l, c.release(conn, err)
+	return l, err
 }
 
 // fill stores goods, by position, wherever the lease still stands.
@@ -226,19 +214,15 @@ func (c *cache) fill(ctx context.Context, l lease, goods map[int][]byte) error {
 	return c.release(conn, err)
 }
 
-// drop deletes the goods at positions and every lease on them. After an error
-// the caller must raise the epoch.
-func (c *cache) drop(ctx context.Context, epoch int64, positions []int) error {
-	conn, err := c.conn(ctx)
-	if err != nil {
+// drop deletes the goods at positions and every lease on them. The function it
+// returns must be called once, and waits for the end; after an error the
+// caller must raise the epoch.
+func (c *cache) drop(ctx context.Context, epoch int64, positions []int) (done func() error) {
+	replies := c.send(ctx, "UNLINK", c.keys(epoch, positions))
+	return func() error {
+		_, err := replies()
 		return err
 	}
-	for chunk := range slices.Chunk(positions, 10*cacheChunk) {
-		if _, err = conn.Do("UNLINK", c.keys(epoch, chunk)...); err != nil {
-			break
-		}
-	}
-	return c.release(conn, err)
 }
 
 // ping reports whether Redis takes a write, whatever went wrong a moment ago.
@@ -249,6 +233,31 @@ func (c *cache) ping(ctx context.Context) error {
 	}
 	_, err = conn.Do("SET", c.prefix+"ping", "", "PX", 1000)
 	return c.release(conn, err)
+}
+
+// send has Redis run a command once for each list of arguments. The function
+// it returns must be called once, and waits for the replies.
+func (c *cache) send(ctx context.Context, command string, arguments [][]any) (replies func() ([]any, error)) {
+	conn, err := c.conn(ctx)
+	if err != nil {
+		return func() ([]any, error) { return nil, err }
+	}
+	for i := 0; i < len(arguments) && err == nil; i++ {
+		err = conn.Send(command, arguments[i]...)
+	}
+	if err == nil {
+		err = conn.Flush()
+	}
+	return func() ([]any, error) {
+		var all []any
+		for len(all) < len(arguments) && err == nil {
+			var reply any
+			if reply, err = conn.Receive(); err == nil {
+				all = append(all, reply)
+			}
+		}
+		return all, c.release(conn, err)
+	}
 }
 
 func (c *cache) conn(ctx context.Context) (redis.Conn, error) {

@@ -47,12 +47,20 @@ func (s *service) uncache(positions []int) error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	if len(positions) <= maxDrop {
-		// After the commit: readers of a later epoch have seen it.
+		// After the commit: readers of a later epoch than this have seen it.
+		guess := s.cache.epoch.Load()
+		dropped := s.cache.drop(ctx, guess, positions)
 		var total, removed, epoch int64
-		if err := s.db.queryRow(ctx, nil, readMeta, nil, &total, &removed, &epoch); err != nil {
+		err := s.db.queryRow(ctx, nil, readMeta, nil, &total, &removed, &epoch)
+		dropErr := dropped()
+		if err != nil {
 			return fmt.Errorf("read meta: %w", err)
 		}
-		if s.cache.drop(ctx, epoch, positions) == nil {
+		if epoch != guess {
+			s.cache.epoch.Store(epoch)
+			dropErr = s.cache.drop(ctx, epoch, positions)()
+		}
+		if dropErr == nil {
 			return nil
 		}
 	}
