@@ -59,9 +59,61 @@ func init() {
 
 // sample is one measurement.
 type sample struct {
-	rate           float64 // requests a second
-	p50, p99       float64 // milliseconds
-	client, server float64 // cores that the client, and the process it asked, were busy
+	rate     float64 // requests a second
+	p50, p99 float64 // milliseconds
+	used     work
+}
+
+// work is how long each of usersOfCPU has computed, and then how long the
+// cores did nothing, or something else; in microseconds a request.
+type work [7]float64
+
+var usersOfCPU = [...]string{"client", "asked", "postgres", "redis-server", "nats-server", "clickhouse-serv"}
+
+// cpuTimes reads how long the servers have computed by now, and the process
+// that is asked.
+func cpuTimes(t testing.TB, asked int) (now work) {
+	t.Helper()
+	files, err := filepath.Glob("/proc/[0-9]*/stat")
+	must(t, err)
+	for _, file := range files {
+		stat, err := os.ReadFile(file)
+		if err != nil {
+			continue // it has just ended
+		}
+		open, end := bytes.IndexByte(stat, '('), bytes.LastIndexByte(stat, ')')
+		user := slices.Index(usersOfCPU[:], string(stat[open+1:end]))
+		if filepath.Base(filepath.Dir(file)) == strconv.Itoa(asked) {
+			user = 1
+		}
+		if user < 0 {
+			continue
+		}
+		// Of the process, and of its children that have ended: as user and as system.
+		for _, field := range strings.Fields(string(stat[end+1:]))[11:15] {
+			ticks, err := strconv.Atoi(field)
+			must(t, err)
+			now[user] += float64(ticks) * 1e6 / 100
+		}
+	}
+	return now
+}
+
+// perRequest is what was used since before, and by the client.
+func (u work) perRequest(before work, client, took time.Duration, requests float64) work {
+	idle := took.Seconds() * 1e6 * float64(runtime.NumCPU())
+	for i := range u {
+		u[i] -= before[i]
+	}
+	u[0] = client.Seconds() * 1e6
+	for i := range usersOfCPU {
+		idle -= u[i]
+	}
+	u[len(usersOfCPU)] = idle
+	for i := range u {
+		u[i] /= requests
+	}
+	return u
 }
 
 // row is one line of the table: the service and its reference, by round.
@@ -169,11 +221,11 @@ func (b *bench) wrk(url string, process, conns, seconds int, requests ...request
 	cmd := exec.Command("wrk", "-t1", "-c"+strconv.Itoa(conns), "-d"+strconv.Itoa(seconds), "-s", script, url, "--", list)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
-	before := cpuTime(b, process)
+	before := cpuTimes(b, process)
 	if err := cmd.Run(); err != nil {
 		b.Fatalf("%v: %s", err, out.String())
 	}
-	server := cpuTime(b, process) - before
+	after := cpuTimes(b, process)
 	var count, micros, p50, p99, errs float64
 	_, result, _ := strings.Cut(out.String(), "RESULT ")
 	if _, err := fmt.Sscan(result, &count, &micros, &p50, &p99, &errs); err != nil || errs > 0 || count == 0 {
@@ -181,25 +233,12 @@ func (b *bench) wrk(url string, process, conns, seconds int, requests ...request
 	}
 	took := time.Duration(micros) * time.Microsecond
 	client := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
-	return sample{count / took.Seconds(), p50 / 1000, p99 / 1000, client.Seconds() / took.Seconds(), server.Seconds() / took.Seconds()}
+	return sample{count / took.Seconds(), p50 / 1000, p99 / 1000, after.perRequest(before, client, took, count)}
 }
 
 func (b *bench) ask(a *app, seconds int, requests ...request) sample {
 	b.Helper()
 	return b.wrk(a.url, a.process.Pid, benchConns, seconds, requests...)
-}
-
-// cpuTime is how long a process has computed.
-func cpuTime(t testing.TB, pid int) time.Duration {
-	t.Helper()
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	must(t, err)
-	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-	user, err := strconv.Atoi(fields[11])
-	must(t, err)
-	system, err := strconv.Atoi(fields[12])
-	must(t, err)
-	return time.Duration(user+system) * time.Second / 100
 }
 
 // memory is what a process holds, in MB.
@@ -295,7 +334,8 @@ func (b *bench) direct(seconds int, f func(n int) error) sample {
 	var mu sync.Mutex
 	var all []time.Duration
 	var failed error
-	cpu, start := cpuTime(b, os.Getpid()), time.Now()
+	self := os.Getpid()
+	before, start := cpuTimes(b, self), time.Now()
 	end := start.Add(time.Duration(seconds) * time.Second)
 	together(benchConns, func(int) {
 		var own []time.Duration
@@ -310,10 +350,14 @@ func (b *bench) direct(seconds int, f func(n int) error) sample {
 		mu.Unlock()
 	})
 	must(b, failed)
-	took := time.Since(start).Seconds()
+	took := time.Since(start)
+	after := cpuTimes(b, self)
+	client := time.Duration(after[1]-before[1]) * time.Microsecond
+	after[1] = before[1] // nobody is in between
+	count := float64(len(all))
 	slices.Sort(all)
 	at := func(share float64) float64 { return all[int(share*float64(len(all)-1))].Seconds() * 1000 }
-	return sample{float64(len(all)) / took, at(.5), at(.99), (cpuTime(b, os.Getpid()) - cpu).Seconds() / took, 0}
+	return sample{count / took.Seconds(), at(.5), at(.99), after.perRequest(before, client, took, count)}
 }
 
 // TestBench measures the service as its clients meet it: over HTTP, with wrk,
@@ -367,16 +411,22 @@ func (b *bench) print(took time.Duration) {
 		}
 		fmt.Printf("| %s | %s | %s | %s | %s | %s | %s |\n", r.what, got, r.reference, ref, ratio, wanted, verdict)
 	}
-	fmt.Printf("\nThe load comes from wrk on the same machine. Cores busy (wrk, the process that it asked):\n\n")
+	fmt.Printf("\nThe load comes from wrk on the same machine. Where its %d cores spend their time, in µs a request:\n\n", runtime.NumCPU())
+	fmt.Println("| | client | service | Postgres | Redis | NATS | ClickHouse | idle, others | in all |")
+	fmt.Println("|---|---|---|---|---|---|---|---|---|")
 	for _, line := range b.cpu {
 		fmt.Println(line)
 	}
 }
 
-// busy notes who computed how much.
-func (b *bench) busy(what string, rounds []sample) {
-	b.cpu = append(b.cpu, fmt.Sprintf("- %s: %.2f, %.2f", what,
-		median(rounds, func(s sample) float64 { return s.client }), median(rounds, func(s sample) float64 { return s.server })))
+// profile adds a line on who computes how long.
+func (b *bench) profile(what string, rounds []sample) {
+	line, all := "| "+what, 0.0
+	for i := range len(work{}) {
+		used := median(rounds, func(s sample) float64 { return s.used[i] })
+		line, all = fmt.Sprintf("%s | %.0f", line, used), all+used
+	}
+	b.cpu = append(b.cpu, fmt.Sprintf("%s | %.0f |", line, all))
 }
 
 func (b *bench) lists() {
@@ -412,10 +462,10 @@ func (b *bench) lists() {
 		rowMixed.got = append(rowMixed.got, b.ask(a, 2, mixed...))
 		b.drained(w)
 	})
-	b.busy("bare handler", rowHot.ref)
-	b.busy("hot list", rowHot.got)
-	b.busy("random lists", rowRandom.got)
-	b.busy("hot list and updates", rowMixed.got)
+	b.profile("bare handler", rowHot.ref)
+	b.profile("hot list", rowHot.got)
+	b.profile("random lists", rowRandom.got)
+	b.profile("hot list and updates", rowMixed.got)
 }
 
 func updateOf(id int) request {
@@ -466,7 +516,7 @@ func (b *bench) large() {
 		move.got = append(move.got, b.wrk(a.url, a.process.Pid, 1, 1, swap...))
 		b.drained(w)
 	})
-	b.busy("cold lists", cold.got)
+	b.profile("cold lists", cold.got)
 }
 
 // writes compares the service with clients that go straight to Postgres.
@@ -531,9 +581,11 @@ func (b *bench) writes() {
 		removes.got = append(removes.got, b.ask(a, 2, all...))
 		b.drained(w)
 	})
-	b.busy("creates", creates.got)
-	b.busy("updates", edits.got)
-	b.busy("removes", removes.got)
+	b.profile("creates, straight to Postgres", creates.ref)
+	b.profile("creates", creates.got)
+	b.profile("updates, straight to Postgres", edits.ref)
+	b.profile("updates", edits.got)
+	b.profile("removes", removes.got)
 }
 
 // alone compares the service with itself without batchers, for one client.
