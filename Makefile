@@ -141,11 +141,11 @@ lint: ## gofmt, go vet, staticcheck, Redocly, promtool; shellcheck where it is i
 	if command -v shellcheck >/dev/null; then shellcheck servers.sh demo.sh .ci/run; fi
 
 .PHONY: bench
-bench: ## measure throughput and latency; BENCH='lists large writes alone events memory' picks parts
+bench: ## measure throughput and latency; BENCH='lists large writes alone events memory' picks parts, 'sustained' writes for MINUTES=5
 	$(contained)
 	$(servers)
 	./servers.sh install wrk
-	go test -count=1 -timeout=15m -tags bench -run TestBench .
+	MINUTES=$(MINUTES) go test -count=1 -timeout=$$(($(MINUTES) + 15))m -tags bench -run TestBench # no package: its output comes at once, and always
 
 .PHONY: soak
 soak: ## run mixed load and faults for MINUTES=5

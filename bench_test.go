@@ -369,10 +369,14 @@ func TestBench(t *testing.T) {
 		name string
 		f    func()
 	}{{"lists", b.lists}, {"large", b.large}, {"writes", b.writes}, {"alone", b.alone}, {"events", b.events}, {"memory", b.memory}}
+	only := os.Getenv("BENCH")
 	for _, part := range parts {
-		if only := os.Getenv("BENCH"); only == "" || strings.Contains(only, part.name) {
+		if only == "" || strings.Contains(only, part.name) {
 			part.f()
 		}
+	}
+	if strings.Contains(only, "sustained") { // takes its time: only when asked for
+		b.sustained()
 	}
 	b.print(time.Since(start))
 }
@@ -681,6 +685,53 @@ func (b *bench) events() {
 		b.told(fmt.Sprintf("events drained to ClickHouse, EVENTS_BATCH=%d", batch.size), fmt.Sprintf("%.0f/s", rate), rate, 0)
 		must(b, a.stop())
 	}
+}
+
+// sustained writes without a pause, for some minutes, and looks whether the
+// outbox stays small and its events young: its dead rows must not slow the relay.
+func (b *bench) sustained() {
+	minutes, err := strconv.Atoi(os.Getenv("MINUTES"))
+	must(b, err)
+	w, a := b.stocked(1000)
+	var updates []request
+	for id := range 1000 {
+		updates = append(updates, updateOf(id+1))
+	}
+	const state = `
+SELECT (SELECT count(*) FROM outbox),
+       (SELECT coalesce(extract(epoch FROM now() - min(event_time)), 0) FROM outbox),
+       pg_total_relation_size('outbox') / 1e6, n_dead_tup, autovacuum_count
+FROM pg_stat_user_tables
+WHERE relname = 'outbox'`
+	rate := b.row(fmt.Sprintf("updates, the last of %d minutes without a pause", minutes), "the first of them", 0.8)
+	oldest := 0.0
+	fmt.Println("| minute | updates | most events in the outbox | the oldest, s | outbox, MB | its dead rows | its vacuums |")
+	fmt.Println("|---|---|---|---|---|---|---|")
+	for minute := range minutes {
+		var most, rows, dead, vacuums int
+		var late, age, size float64
+		ctx, stop := context.WithCancel(b.Context())
+		var watch sync.WaitGroup
+		watch.Go(func() {
+			every(ctx, time.Second, func(context.Context) {
+				if err := w.db.QueryRow(state).Scan(&rows, &age, &size, &dead, &vacuums); err != nil {
+					b.Error(err)
+				}
+				most, late = max(most, rows), max(late, age)
+			})
+		})
+		s := b.ask(a, 60, updates...)
+		stop()
+		watch.Wait()
+		fmt.Printf("| %d | %.0f/s | %d | %.2f | %.0f | %d | %d |\n", minute+1, s.rate, most, late, size, dead, vacuums)
+		oldest = max(oldest, late)
+		if minute == 0 {
+			rate.ref = append(rate.ref, s)
+		}
+		rate.got = []sample{s}
+	}
+	b.told("the oldest event in the outbox meanwhile", fmt.Sprintf("%.2f s", oldest), oldest, 1)
+	b.drained(w)
 }
 
 func (b *bench) memory() {
