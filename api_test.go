@@ -100,9 +100,7 @@ func TestListPages(t *testing.T) {
 	if r := a.call(t, "GET", "/goods/list", ""); r.body != `{"meta":{"total":0,"removed":0,"limit":10,"offset":1},"goods":[]}`+"\n" {
 		t.Errorf("empty list: got %s", r.body)
 	}
-	for i := range 45 {
-		a.create(t, fmt.Sprint(i+1))
-	}
+	a.stock(t, 45)
 	for _, test := range []struct{ limit, offset, first, count int }{
 		{10, 1, 1, 10}, {20, 20, 20, 20}, {20, 40, 40, 6}, {1, 45, 45, 1}, {1000, 1, 1, 45}, {10, 46, 0, 0}, {1000, maxInt32, 0, 0},
 	} {

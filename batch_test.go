@@ -607,9 +607,7 @@ func TestBatchWithUnknownCommit(t *testing.T) {
 func TestOrderOnOneConnection(t *testing.T) {
 	w := newWorld(t)
 	a := w.start(t)
-	for i := range 4 {
-		a.create(t, fmt.Sprint(i))
-	}
+	a.stock(t, 4)
 	const clients, each = 8, 30
 	together(clients, func(i int) {
 		address, _ := url.Parse(a.url)
@@ -668,9 +666,7 @@ func TestOrderOnOneConnection(t *testing.T) {
 func TestReadsJoinNoBatchThatHasBegun(t *testing.T) {
 	w := newWorld(t)
 	a := w.start(t)
-	for i := range 10 {
-		a.create(t, fmt.Sprint(i))
-	}
+	a.stock(t, 10)
 	stop := make(chan struct{})
 	var readers sync.WaitGroup
 	for range 24 {

@@ -33,9 +33,7 @@ func TestCacheEntries(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	a, b := w.start(t), w.start(t)
-	for i := range 3 {
-		a.create(t, fmt.Sprint(i+1))
-	}
+	a.stock(t, 3)
 	page := a.call(t, "GET", "/goods/list", "").body
 	for p := 1; p <= 3; p++ {
 		value, err := redis.String(w.redisDo(t, "GET", w.cacheKey(t, p)), nil)
@@ -84,9 +82,7 @@ func TestCacheStrangeValues(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	a := w.start(t)
-	for i := range 4 {
-		a.create(t, fmt.Sprint(i+1))
-	}
+	a.stock(t, 4)
 	w.redisDo(t, "SET", w.cacheKey(t, 1), "nonsense")
 	w.redisDo(t, "SET", w.cacheKey(t, 2), "")
 	w.redisDo(t, "RPUSH", w.cacheKey(t, 3), "a", "b")

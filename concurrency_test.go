@@ -43,9 +43,7 @@ func TestEditsAtOnce(t *testing.T) {
 	w := newWorld(t)
 	a, b := w.start(t), w.start(t)
 	const goods = 40
-	for i := range goods {
-		a.create(t, fmt.Sprint(i))
-	}
+	a.stock(t, goods)
 	var created, moved, removed, updated atomic.Int64
 	together(24, func(i int) {
 		service := []*app{a, b}[i%2]
@@ -123,9 +121,7 @@ func TestRemovesOfOneGood(t *testing.T) {
 	w := newWorld(t)
 	a, b := w.start(t), w.start(t)
 	const goods = 30
-	for i := range goods {
-		a.create(t, fmt.Sprint(i))
-	}
+	a.stock(t, goods)
 	for id := 1; id <= goods; id++ {
 		var removed atomic.Int64
 		path := fmt.Sprintf("/goods/remove?id=%d&projectId=1", id)
@@ -166,13 +162,8 @@ func TestMovesLeaveListsAlone(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	a := w.start(t)
-	for i := range 5 {
-		a.create(t, fmt.Sprint(i))
-	}
-	tx, err := w.db.Begin() // holds back every move
-	must(t, err)
-	defer tx.Rollback()
-	must(t, errorOf(tx.Exec(`SELECT lock_priorities()`)))
+	a.stock(t, 5)
+	tx := w.hold(t, `SELECT lock_priorities()`) // holds back every move
 	var moves sync.WaitGroup
 	for range 64 {
 		moves.Go(func() {
@@ -201,13 +192,8 @@ func TestUpdatesBesideALockedGood(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	a := w.start(t)
-	for i := range 12 {
-		a.create(t, fmt.Sprint(i))
-	}
-	tx, err := w.db.Begin()
-	must(t, err)
-	defer tx.Rollback()
-	must(t, errorOf(tx.Exec(`SELECT FROM goods WHERE id = 1 FOR UPDATE`)))
+	a.stock(t, 12)
+	tx := w.hold(t, `SELECT FROM goods WHERE id = 1 FOR UPDATE`)
 	together(24, func(i int) {
 		for range 2 {
 			id := 1 + i%12

@@ -66,9 +66,7 @@ func (w *world) insertSizes(t testing.TB) []int {
 func TestEventsFiveAtATime(t *testing.T) {
 	w := newWorld(t)
 	a := w.start(t)
-	for i := range 40 {
-		a.create(t, fmt.Sprint(i))
-	}
+	a.stock(t, 40)
 	for i := range 60 {
 		want[good](t, a, 200, "PATCH", fmt.Sprintf("/goods/update?id=%d&projectId=1", 1+i%7), fmt.Sprintf(`{"name":"n%d"}`, i))
 	}
@@ -95,9 +93,7 @@ func TestEventsBatchSize(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	a := w.start(t, "EVENTS_BATCH=1")
-	for i := range 4 {
-		a.create(t, fmt.Sprint(i))
-	}
+	a.stock(t, 4)
 	w.settled(t, 5*time.Second)
 	if got := w.insertSizes(t); !slices.Equal(got, []int{1, 1, 1, 1}) {
 		t.Errorf("got INSERTs of %v rows, want four of 1", got)
@@ -108,9 +104,7 @@ func TestEventsStreamDeleted(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	a := w.start(t, nowhere)
-	for i := range 12 {
-		a.create(t, fmt.Sprint(i))
-	}
+	a.stock(t, 12)
 	w.waiting(t, 12)
 	must(t, w.js.DeleteStream(context.Background(), w.stream()))
 	must(t, a.stop())
@@ -131,9 +125,7 @@ func TestEventsLostByNATS(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	a := w.start(t, nowhere)
-	for i := range 7 {
-		a.create(t, fmt.Sprint(i))
-	}
+	a.stock(t, 7)
 	stream := w.waiting(t, 7)
 	must(t, a.stop())
 	must(t, stream.Purge(context.Background()))
@@ -156,9 +148,7 @@ func TestEventsTwice(t *testing.T) {
 	ctx := context.Background()
 	w := newWorld(t)
 	a := w.start(t, nowhere)
-	for i := range 5 {
-		a.create(t, fmt.Sprint(i))
-	}
+	a.stock(t, 5)
 	stream := w.waiting(t, 5)
 
 	// The mark was lost: the relay publishes again, and NATS knows the names.
@@ -194,16 +184,11 @@ func TestEventsKilledBetweenInsertAndAck(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	a := w.start(t, nowhere)
-	for i := range 5 {
-		a.create(t, fmt.Sprint(i))
-	}
+	a.stock(t, 5)
 	w.waiting(t, 5)
 	must(t, a.stop())
 
-	tx, err := w.db.Begin() // holds the outbox, so that its rows can not be deleted
-	must(t, err)
-	defer tx.Rollback()
-	must(t, errorOf(tx.Exec(`SELECT FROM outbox FOR UPDATE`)))
+	tx := w.hold(t, `SELECT FROM outbox FOR UPDATE`) // holds the outbox, so that its rows can not be deleted
 	b := w.exec(t)
 	eventually(t, 20*time.Second, func() error {
 		if _, err := w.js.Stream(context.Background(), w.stream()); err != nil {

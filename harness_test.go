@@ -357,9 +357,28 @@ func (a *app) create(t testing.TB, name string) good {
 	return want[good](t, a, http.StatusCreated, "POST", "/goods/create?projectId=1", string(body))
 }
 
+// stock creates n goods.
+func (a *app) stock(t testing.TB, n int) {
+	t.Helper()
+	for i := range n {
+		a.create(t, fmt.Sprint(i+1))
+	}
+}
+
 func (a *app) list(t testing.TB, limit, offset int) listReply {
 	t.Helper()
 	return want[listReply](t, a, http.StatusOK, "GET", fmt.Sprintf("/goods/list?limit=%d&offset=%d", limit, offset), "")
+}
+
+// hold runs a statement that locks something, until the transaction that it
+// returns, or the test, ends.
+func (w *world) hold(t testing.TB, statement string) *sql.Tx {
+	t.Helper()
+	tx, err := w.db.Begin()
+	must(t, err)
+	t.Cleanup(func() { _ = tx.Rollback() })
+	must(t, errorOf(tx.Exec(statement)))
+	return tx
 }
 
 // one scans the only column of the only row of a query on Postgres.

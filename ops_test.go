@@ -287,10 +287,7 @@ func TestShutdown(t *testing.T) {
 	w := newWorld(t)
 	a := w.start(t)
 	a.create(t, "first")
-	tx, err := w.db.Begin()
-	must(t, err)
-	defer tx.Rollback()
-	must(t, errorOf(tx.Exec(`SELECT lock_priorities()`)))
+	tx := w.hold(t, `SELECT lock_priorities()`)
 	created := make(chan reply, 1)
 	go func() {
 		r, _ := a.try("POST", "/goods/create?projectId=1", `{"name":"in flight"}`)
@@ -328,10 +325,7 @@ func TestClientGoesAway(t *testing.T) {
 	w := newWorld(t)
 	a := w.start(t)
 	a.create(t, "first")
-	tx, err := w.db.Begin()
-	must(t, err)
-	defer tx.Rollback()
-	must(t, errorOf(tx.Exec(`LOCK TABLE goods, meta IN ACCESS EXCLUSIVE MODE`)))
+	tx := w.hold(t, `LOCK TABLE goods, meta IN ACCESS EXCLUSIVE MODE`)
 	for _, call := range []struct{ method, path, body string }{
 		{"GET", "/goods/list", ""},
 		{"PATCH", "/goods/update?id=1&projectId=1", `{"name":"x"}`},

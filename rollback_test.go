@@ -52,9 +52,7 @@ func TestEventsNATSEmptiedWhileIdle(t *testing.T) {
 	a.create(t, "0")
 	w.settled(t, 5*time.Second)
 	must(t, w.clickhouse.Exec(ctx, `RENAME TABLE goods_log TO away`))
-	for i := range 11 {
-		a.create(t, fmt.Sprint(i+1))
-	}
+	a.stock(t, 11)
 	w.waiting(t, 11)
 	own.kill(t, "nats")
 	must(t, os.RemoveAll(filepath.Join(own.dir, "nats")))
