@@ -104,7 +104,6 @@ func (b *batcher[Q, A]) do(ctx context.Context, request Q) (answer A, err error)
 	}
 	// A timer of its own is far cheaper than one in a context.
 	late := time.NewTimer(answerWithin)
-	defer late.Stop()
 	select {
 	case r := <-c.done:
 		return r.answer, r.err

@@ -93,8 +93,8 @@ func TestBatchTakesWhoeverWaits(t *testing.T) {
 		var rest []<-chan result[int]
 		for i := 2; i <= 7; i++ {
 			rest = append(rest, d.ask(t.Context(), i)) // the first batch has begun: not with it
+			synctest.Wait()                            // so that they wait in this order
 		}
-		synctest.Wait()
 		if got := fmt.Sprint(d.batches); got != "[[1]]" {
 			t.Errorf("got batches %s, want [[1]] alone to be under way", got)
 		}
@@ -104,8 +104,8 @@ func TestBatchTakesWhoeverWaits(t *testing.T) {
 		for i, r := range rest {
 			answered(t, r, i+2, nil)
 		}
-		if len(d.batches) != 3 || len(d.batches[1]) != 4 || len(d.batches[2]) != 2 {
-			t.Errorf("got batches %v, want one of 1, one of 4 and one of 2", d.batches)
+		if got := fmt.Sprint(d.batches); got != "[[1] [2 3 4 5] [6 7]]" {
+			t.Errorf("got batches %s, want [[1] [2 3 4 5] [6 7]]", got)
 		}
 		d.close()
 	})
@@ -254,6 +254,92 @@ func TestBatchCallerGoesAwayBeforeTheRetry(t *testing.T) {
 			t.Errorf("got batches %s, want [[0] [1 2] [2]]: nobody waits for 1 any more", got)
 		}
 		d.close()
+	})
+}
+
+// A request that fails by itself gets a second try, too.
+func TestBatchOfOneIsTriedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tries := 0
+		d := newDesk(8, func(requests []int) ([]result[int], error) {
+			if tries++; tries == 1 {
+				return nil, errors.New("deadlock")
+			}
+			return []result[int]{{answer: requests[0]}}, nil
+		})
+		r := d.ask(t.Context(), 1)
+		synctest.Wait()
+		answered(t, r, 1, nil)
+		d.close()
+	})
+}
+
+// Whoever is left to be tried alone is not waited for by the others; nor are
+// more than batchAlone tried at a time, nor fewer while there are more.
+func TestBatchStragglers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := make(gate)
+		stragglers := make(gate)
+		d := newDesk(64, func(requests []int) ([]result[int], error) {
+			if len(requests) == 1 && requests[0] > 1 {
+				return stragglers.run(requests)
+			}
+			results, err := g.run(requests)
+			for i, q := range requests {
+				if q > 1 {
+					results[i].err = errTryAlone
+				}
+			}
+			return results, err
+		})
+		hold := d.ask(t.Context(), 0)
+		synctest.Wait()
+		first := d.ask(t.Context(), 1)
+		var rest []<-chan result[int]
+		for i := range 2*batchAlone + 1 {
+			rest = append(rest, d.ask(t.Context(), 2+i))
+		}
+		synctest.Wait()
+		close(g)
+		synctest.Wait()
+		answered(t, hold, 0, nil)
+		answered(t, first, 1, nil)
+		if tried := len(d.batches) - 2; tried != batchAlone {
+			t.Errorf("%d are tried alone at a time, want %d", tried, batchAlone)
+		}
+		close(stragglers)
+		synctest.Wait()
+		for i, r := range rest {
+			answered(t, r, 2+i, nil)
+		}
+		d.close()
+	})
+}
+
+// Nobody waits longer than answerWithin, neither in a batch nor for one; what
+// has no time left is not tried again, and nobody's batch is not run.
+func TestBatchInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDesk(8, nil)
+		d.run = func(ctx context.Context, requests []int) ([]result[int], error) {
+			d.batches = append(d.batches, requests)
+			<-ctx.Done()
+			time.Sleep(time.Second) // it does not end at once
+			return nil, ctx.Err()
+		}
+		first := d.ask(t.Context(), 1)
+		synctest.Wait()
+		second := d.ask(t.Context(), 2)
+		time.Sleep(answerWithin)
+		synctest.Wait()
+		answered(t, second, 0, context.DeadlineExceeded)
+		time.Sleep(time.Second)
+		synctest.Wait()
+		answered(t, first, 0, context.DeadlineExceeded)
+		d.close()
+		if got := fmt.Sprint(d.batches); got != "[[1]]" {
+			t.Errorf("got batches %s, want [[1]]", got)
+		}
 	})
 }
 
