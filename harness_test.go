@@ -121,7 +121,11 @@ func newWorld(t testing.TB, overrides ...string) *world {
 		_ = w.js.DeleteStream(limited, w.stream())
 		nc.Close()
 		w.db.Close()
-		_, _ = admin.ExecContext(limited, "DROP DATABASE "+name+" WITH (FORCE)")
+		// A DROP that is cancelled leaves an invalid database, at which Postgres'
+		// autovacuum launcher waits for ever: no other database is vacuumed.
+		patient, cancel := context.WithTimeout(ctx, time.Minute)
+		defer cancel()
+		_, _ = admin.ExecContext(patient, "DROP DATABASE "+name+" WITH (FORCE)")
 		admin.Close()
 		w.clickhouse.Close()
 		_ = chAdmin.Exec(limited, "DROP DATABASE "+name)
