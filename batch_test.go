@@ -27,9 +27,9 @@ type desk struct {
 	batches [][]int
 }
 
-// newDesk starts a desk with one worker, inside a synctest bubble: there
-// synctest.Wait returns once every caller waits for something, so no test has
-// to guess how long that takes. Without run each request is answered by itself.
+// newDesk returns a desk for use inside a synctest bubble: there synctest.Wait
+// returns once every caller waits for something, so no test has to guess how
+// long that takes. Without run each request is answered by itself.
 func newDesk(limit int, run func(requests []int) ([]result[int], error)) *desk {
 	d := &desk{}
 	d.limit, d.sizes, d.log = limit, newHistogram(), slog.New(slog.DiscardHandler)
@@ -229,26 +229,29 @@ func TestBatchCallerGoesAway(t *testing.T) {
 
 func TestBatchCallerGoesAwayBeforeTheRetry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g := make(gate)
+		g, both := make(gate), make(gate)
 		d := newDesk(8, func(requests []int) ([]result[int], error) {
-			if results, err := g.run(requests); len(requests) == 1 {
-				return results, err
+			if len(requests) == 1 {
+				return g.run(requests)
 			}
-			time.Sleep(time.Second)
+			<-both
 			return nil, errors.New("all of them")
 		})
 		hold := d.ask(t.Context(), 0)
 		synctest.Wait()
-		hurried, cancel := context.WithTimeout(t.Context(), time.Second/2)
-		defer cancel()
+		hurried, leave := context.WithCancel(t.Context())
 		leaves := d.ask(hurried, 1)
 		synctest.Wait()
 		stays := d.ask(t.Context(), 2)
 		synctest.Wait()
 		close(g)
-		time.Sleep(2 * time.Second)
+		synctest.Wait()
 		answered(t, hold, 0, nil)
-		answered(t, leaves, 0, context.DeadlineExceeded)
+		leave()
+		synctest.Wait()
+		close(both)
+		synctest.Wait()
+		answered(t, leaves, 0, context.Canceled)
 		answered(t, stays, 2, nil)
 		if got := fmt.Sprint(d.batches); got != "[[0] [1 2] [2]]" {
 			t.Errorf("got batches %s, want [[0] [1 2] [2]]: nobody waits for 1 any more", got)
@@ -321,19 +324,21 @@ func TestBatchStragglers(t *testing.T) {
 func TestBatchInTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := newDesk(8, nil)
+		end := make(gate)
 		d.run = func(ctx context.Context, requests []int) ([]result[int], error) {
 			d.batches = append(d.batches, requests)
 			<-ctx.Done()
-			time.Sleep(time.Second) // it does not end at once
+			<-end // it does not end at once
 			return nil, ctx.Err()
 		}
 		first := d.ask(t.Context(), 1)
 		synctest.Wait()
-		second := d.ask(t.Context(), 2)
-		time.Sleep(answerWithin)
-		synctest.Wait()
-		answered(t, second, 0, context.DeadlineExceeded)
-		time.Sleep(time.Second)
+		asked := time.Now()
+		second := <-d.ask(t.Context(), 2)
+		if took := time.Since(asked); !errors.Is(second.err, context.DeadlineExceeded) || took != answerWithin {
+			t.Errorf("got error %v after %v, want %v after %v", second.err, took, context.DeadlineExceeded, answerWithin)
+		}
+		close(end)
 		synctest.Wait()
 		answered(t, first, 0, context.DeadlineExceeded)
 		d.close()

@@ -741,7 +741,7 @@ func (b *bench) memory() {
 	}
 	w := newWorld(b)
 	a := w.exec(b, "LOG_LEVEL=info")
-	time.Sleep(3 * time.Second) // at rest is a span of time
+	eventually(b, 10*time.Second, a.ready)
 	rest := memory(b, a.process.Pid)
 	b.told("memory after all this", fmt.Sprintf("%.0f MB, the largest of %d services", most, len(b.apps)), most, 60)
 	b.told("memory at rest", fmt.Sprintf("%.0f MB", rest), rest, 25)

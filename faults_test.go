@@ -182,18 +182,6 @@ func (f fault) scene(t testing.TB, own *servers) *scene {
 	return s
 }
 
-// ready returns an error unless the service reports all four servers as up.
-func (a *app) ready() error {
-	r, err := a.try("GET", "/readyz", "")
-	if err != nil {
-		return err
-	}
-	if r.status != 200 || strings.Contains(r.body, "down") {
-		return fmt.Errorf("/readyz: %d %s", r.status, r.body)
-	}
-	return nil
-}
-
 // vitals are what must not grow.
 type vitals struct {
 	Goroutines int

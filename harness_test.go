@@ -274,6 +274,18 @@ func (l *logBuffer) tail(n int) string {
 	return strings.Join(lines[max(0, len(lines)-n):], "\n")
 }
 
+// ready returns an error unless the service reports all four servers as up.
+func (a *app) ready() error {
+	r, err := a.try("GET", "/readyz", "")
+	if err != nil {
+		return err
+	}
+	if r.status != 200 || strings.Contains(r.body, "down") {
+		return fmt.Errorf("/readyz: %d %s", r.status, r.body)
+	}
+	return nil
+}
+
 // eventually polls f until it returns nil, and fails the test with its last
 // error when that takes longer than limit.
 func eventually(t testing.TB, limit time.Duration, f func() error) {
