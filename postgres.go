@@ -127,29 +127,28 @@ type database struct {
 	prepared sync.Map // from a query to its *sql.Stmt
 }
 
-func (db *database) statement(ctx context.Context, query string) (*sql.Stmt, error) {
-	if stmt, ok := db.prepared.Load(query); ok {
-		return stmt.(*sql.Stmt), nil
+func (db *database) statement(ctx context.Context, tx *sql.Tx, query string) (*sql.Stmt, error) {
+	stmt, ok := db.prepared.Load(query)
+	if !ok {
+		own, err := db.PrepareContext(ctx, query)
+		if err != nil {
+			return nil, err
+		}
+		if stmt, ok = db.prepared.LoadOrStore(query, own); ok {
+			own.Close() // another goroutine was faster
+		}
 	}
-	stmt, err := db.PrepareContext(ctx, query)
-	if err != nil {
-		return nil, err
+	if tx != nil {
+		return tx.StmtContext(ctx, stmt.(*sql.Stmt)), nil
 	}
-	if other, loaded := db.prepared.LoadOrStore(query, stmt); loaded {
-		stmt.Close()
-		return other.(*sql.Stmt), nil
-	}
-	return stmt, nil
+	return stmt.(*sql.Stmt), nil
 }
 
 // query runs one of this program's constant queries, in tx if that is not nil.
 func (db *database) query(ctx context.Context, tx *sql.Tx, query string, args ...any) (*sql.Rows, error) {
-	stmt, err := db.statement(ctx, query)
+	stmt, err := db.statement(ctx, tx, query)
 	if err != nil {
 		return nil, err
-	}
-	if tx != nil {
-		stmt = tx.StmtContext(ctx, stmt)
 	}
 	return stmt.QueryContext(ctx, args...)
 }
@@ -157,21 +156,11 @@ func (db *database) query(ctx context.Context, tx *sql.Tx, query string, args ..
 // queryRow is query for one row, which it scans into dest. Without a row the
 // error is sql.ErrNoRows.
 func (db *database) queryRow(ctx context.Context, tx *sql.Tx, query string, args []any, dest ...any) error {
-	rows, err := db.query(ctx, tx, query, args...)
+	stmt, err := db.statement(ctx, tx, query)
 	if err != nil {
 		return err
 	}
-	defer rows.Close()
-	if !rows.Next() {
-		if err := rows.Err(); err != nil {
-			return err
-		}
-		return sql.ErrNoRows
-	}
-	if err := rows.Scan(dest...); err != nil {
-		return err
-	}
-	return rows.Close()
+	return stmt.QueryRowContext(ctx, args...).Scan(dest...)
 }
 
 // unavailable tells "Postgres can not serve this now" from every other error.
