@@ -415,6 +415,9 @@ func (b *bench) print(took time.Duration) {
 		}
 		fmt.Printf("| %s | %s | %s | %s | %s | %s | %s |\n", r.what, got, r.reference, ref, ratio, wanted, verdict)
 	}
+	if len(b.cpu) == 0 {
+		return
+	}
 	fmt.Printf("\nThe load comes from wrk on the same machine. Where its %d cores spend their time, in µs a request:\n\n", runtime.NumCPU())
 	fmt.Println("| | client | service | Postgres | Redis | NATS | ClickHouse | idle, others | in all |")
 	fmt.Println("|---|---|---|---|---|---|---|---|---|")
