@@ -146,6 +146,41 @@ func TestCacheWriterWithoutRedis(t *testing.T) {
 	w.settled(t, 5*time.Second)
 }
 
+// A transaction that lost its client may still commit, behind a writer that
+// can not wait for it: until it no longer can, the cache is not used, and what
+// it holds by then is out of reach.
+func TestCacheAfterDoubt(t *testing.T) {
+	w := newWorld(t)
+	s := newService(t, w.getenv())
+	must(t, errorOf(s.insertGoods(t.Context(), []createRequest{{1, "good", ""}})))
+	hits := func() int64 {
+		t.Helper()
+		before := s.counts.cacheHits.Load()
+		must(t, serveTogether(t, &s.lists, listRequest{1, 1})[0].err)
+		return s.counts.cacheHits.Load() - before
+	}
+	epoch := func() int { return one[int](t, w, `SELECT cache_epoch FROM meta`) }
+	hits()
+	if hits() != 1 {
+		t.Fatal("a good that was listed is not cached")
+	}
+
+	before := epoch()
+	s.doubtAt.Store(time.Now().UnixNano())
+	s.settleDoubt(t.Context())
+	if got := hits(); got != 0 || epoch() != before {
+		t.Errorf("in doubt: %d goods from the cache, epoch %d; want 0, and still %d", got, epoch(), before)
+	}
+	s.doubtAt.Store(time.Now().Add(-doubtLife).UnixNano())
+	s.settleDoubt(t.Context())
+	if got := hits(); got != 0 || epoch() <= before {
+		t.Errorf("settled: %d goods from the old cache, epoch %d; want 0, and more than %d", got, epoch(), before)
+	}
+	if hits() != 1 {
+		t.Error("the cache is not used again")
+	}
+}
+
 func TestCacheReadersAndWriters(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
