@@ -40,14 +40,8 @@ func (t timestamp) MarshalJSON() ([]byte, error) {
 	return t.UTC().AppendFormat(nil, `"2006-01-02T15:04:05.000000Z"`), nil
 }
 
-// goodColumns is what scanGood expects.
+// goodColumns is what scanGoods expects.
 const goodColumns = `id, project_id, name, description, priority, removed, created_at`
-
-func scanGood(rows *sql.Rows) (good, error) {
-	var g good
-	err := rows.Scan(&g.ID, &g.ProjectID, &g.Name, &g.Description, &g.Priority, &g.Removed, &g.CreatedAt.Time)
-	return g, err
-}
 
 // scanGoods reads and closes rows.
 func scanGoods(rows *sql.Rows, err error) ([]good, error) {
@@ -57,8 +51,8 @@ func scanGoods(rows *sql.Rows, err error) ([]good, error) {
 	defer rows.Close()
 	var goods []good
 	for rows.Next() {
-		g, err := scanGood(rows)
-		if err != nil {
+		var g good
+		if err := rows.Scan(&g.ID, &g.ProjectID, &g.Name, &g.Description, &g.Priority, &g.Removed, &g.CreatedAt.Time); err != nil {
 			return nil, err
 		}
 		goods = append(goods, g)

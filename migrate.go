@@ -199,14 +199,12 @@ func linesBefore(err error, text string) int {
 // migrateClickHouse applies the files of sql/clickhouse that are not yet
 // recorded. ClickHouse has no transactions: each file can be run twice, and
 // processes that migrate at once do no harm.
-func migrateClickHouse(ctx context.Context, conn clickhouse.Conn, files fs.FS, log *slog.Logger) error {
-	if err := applyToClickHouse(ctx, conn, files, log); err != nil {
-		return fmt.Errorf("migrate clickhouse: %w", err)
-	}
-	return nil
-}
-
-func applyToClickHouse(ctx context.Context, conn clickhouse.Conn, files fs.FS, log *slog.Logger) error {
+func migrateClickHouse(ctx context.Context, conn clickhouse.Conn, files fs.FS, log *slog.Logger) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("migrate clickhouse: %w", err)
+		}
+	}()
 	const create = `
 CREATE TABLE IF NOT EXISTS goods_migrations (
     Name      String,
