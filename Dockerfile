@@ -2,7 +2,7 @@ FROM golang:1.26-bookworm AS go
 
 # What `make test` runs in: Go and the four servers.
 FROM go AS test
-COPY servers.sh /usr/local/bin/
+COPY scripts/servers.sh /usr/local/bin/
 RUN servers.sh install && rm -rf /var/lib/apt/lists/*
 
 FROM go AS build

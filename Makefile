@@ -1,5 +1,5 @@
 # Targets that run the service or its tests use Docker where a daemon answers, and otherwise the servers that
-# servers.sh starts on this machine. NATIVE=1 always means the latter.
+# scripts/servers.sh starts on this machine. NATIVE=1 always means the latter.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -21,7 +21,7 @@ export HTTP_ADDR
 docker = [[ ! "$(NATIVE)" ]] && timeout 5 docker info >/dev/null 2>&1 && docker compose version >/dev/null 2>&1
 
 # Starts the servers of this machine and exports their URLs. What was exported before wins over them.
-servers = ./servers.sh start; exported=$$(export -p); eval "$$(./servers.sh env)"; eval "$$exported"
+servers = scripts/servers.sh start; exported=$$(export -p); eval "$$(scripts/servers.sh env)"; eval "$$exported"
 
 # Runs the target again in a container that has Go and the four servers, when there is Docker. In one container rather
 # than against compose.yaml, because tests pause, kill and empty servers of their own.
@@ -32,7 +32,7 @@ contained = if $(docker); then \
 		--env GOFLAGS=-buildvcs=false goods-test make $@ NATIVE=1 $(MAKEOVERRIDES); fi
 
 # Go's race detector needs a C compiler.
-compiler = command -v cc >/dev/null || ./servers.sh install gcc libc6-dev
+compiler = command -v cc >/dev/null || scripts/servers.sh install gcc libc6-dev
 
 # A git that refuses this folder (another owner) would otherwise fail the build.
 GOBUILD = CGO_ENABLED=0 go build -trimpath -buildvcs=$$(git status >/dev/null 2>&1 && echo true || echo false)
@@ -88,13 +88,13 @@ up: ## start the servers only
 	if $(docker); then
 		docker compose up --detach --wait postgres redis nats clickhouse
 	else
-		./servers.sh start
+		scripts/servers.sh start
 	fi
 
 .PHONY: down
 down: ## stop the servers, keep their data
 	if $(docker); then docker compose down; fi
-	./servers.sh stop
+	scripts/servers.sh stop
 
 .PHONY: clean
 clean: ## stop the servers, delete their data and what was built
@@ -102,12 +102,12 @@ clean: ## stop the servers, delete their data and what was built
 		docker compose down --volumes
 		docker volume rm --force goods-mod goods-build >/dev/null
 	fi
-	./servers.sh clean
+	scripts/servers.sh clean
 	rm -f goods
 
 .PHONY: env
 env: ## print the URLs of this machine's servers, for eval
-	./servers.sh env
+	scripts/servers.sh env
 
 .PHONY: build
 build: ## build ./goods
@@ -133,18 +133,18 @@ lint: ## gofmt, go vet, staticcheck, Redocly, promtool; shellcheck where it is i
 	[[ ! "$$unformatted" ]] || { echo "not formatted with gofmt:" $$unformatted; exit 1; }
 	go vet -tags bench,soak ./...
 	go run $(STATICCHECK) -tags bench,soak ./...
-	command -v npx >/dev/null || ./servers.sh install npm
+	command -v npx >/dev/null || scripts/servers.sh install npm
 	REDOCLY_TELEMETRY=off REDOCLY_SUPPRESS_UPDATE_NOTICE=true npx --yes $(REDOCLY) lint --skip-rule info-license openapi.yaml
-	command -v promtool >/dev/null || ./servers.sh install prometheus
+	command -v promtool >/dev/null || scripts/servers.sh install prometheus
 	promtool check metrics <testdata/metrics.txt
-	promtool check rules alerts.yml
-	if command -v shellcheck >/dev/null; then shellcheck servers.sh demo.sh .ci/run; fi
+	promtool check rules deploy/alerts.yaml
+	if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run; fi
 
 .PHONY: bench
 bench: ## measure throughput and latency; BENCH='lists large writes alone events memory' picks parts, 'sustained' writes for MINUTES=5
 	$(contained)
 	$(servers)
-	./servers.sh install wrk
+	scripts/servers.sh install wrk
 	MINUTES=$(MINUTES) go test -count=1 -timeout=$$(($(MINUTES) + 15))m -tags bench -run TestBench # no package: its output comes at once, and always
 
 .PHONY: soak
@@ -164,7 +164,7 @@ fuzz: ## run each fuzz target for FUZZTIME=30s
 
 .PHONY: demo
 demo: ## show the API on a running service
-	./demo.sh
+	scripts/demo.sh
 
 .PHONY: migrate-postgres migrate-clickhouse
 migrate-postgres: ## apply sql/postgres now

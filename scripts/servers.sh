@@ -6,7 +6,7 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: ./servers.sh COMMAND [ARGUMENT...]
+usage: scripts/servers.sh COMMAND [ARGUMENT...]
 
   install [package...]  install these packages, or the missing servers, with apt
   start [server...]     start what does not run, and wait until it answers

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Shows the API on a service that runs (make run, in another terminal), and what ClickHouse knows afterwards.
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 
 address=${HTTP_ADDR:-:8080}
 address=${address/#:/localhost:}
@@ -47,7 +47,7 @@ query() {
     fi
 }
 
-command -v curl >/dev/null || ./servers.sh install curl
+command -v curl >/dev/null || scripts/servers.sh install curl
 curl -fsS --max-time 5 "$address/healthz" >/dev/null 2>&1 ||
     die "nothing answers at $address: start the service with make run, in another terminal"
 docker=
