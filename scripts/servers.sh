@@ -1,30 +1,26 @@
 #!/usr/bin/env bash
+# usage: scripts/servers.sh COMMAND [ARGUMENT...]
+#
 # Runs Postgres, Redis, NATS with JetStream and ClickHouse as plain processes, without Docker: their data in one
-# folder, their ports next to each other on 127.0.0.1, apart from any system-wide instance. Another folder and
-# another base port make another, independent set, for tests that break their servers.
+# folder, their ports side by side on 127.0.0.1, apart from any system-wide instance. Another folder and another
+# base port make another, independent set, for tests that break their servers.
+#
+#   install [package...]  install these packages, or the missing servers, with apt
+#   start [server...]     start what does not run, and wait until it answers
+#   stop [server...]      stop, and wait until it has ended
+#   pause [server...]     freeze every process of a server (SIGSTOP)
+#   resume [server...]    let it go on
+#   status                one line a server
+#   env                   print the servers' URLs as shell exports
+#   clean                 stop all and delete their data
+#
+# servers: postgres redis nats clickhouse (default: all)
+#
+#   SERVERS_DIR   data, logs (NAME.log) and pid files (NAME.pid)   /var/tmp/goods-servers
+#   SERVERS_PORT  the first of seven ports: postgres, redis,       15430
+#                 nats, clickhouse native, clickhouse HTTP,
+#                 one not used, nats monitoring
 set -euo pipefail
-
-usage() {
-    cat <<'END'
-usage: scripts/servers.sh COMMAND [ARGUMENT...]
-
-  install [package...]  install these packages, or the missing servers, with apt
-  start [server...]     start what does not run, and wait until it answers
-  stop [server...]      stop, and wait until it has ended
-  pause [server...]     freeze every process of a server (SIGSTOP)
-  resume [server...]    let it go on
-  status                one line a server
-  env                   print the servers' URLs as shell exports
-  clean                 stop all and delete their data
-
-servers: postgres redis nats clickhouse (default: all)
-
-  SERVERS_DIR   data, logs (NAME.log) and pid files (NAME.pid)   /var/tmp/goods-servers
-  SERVERS_PORT  the first of seven ports: postgres, redis,       15430
-                nats, clickhouse native, clickhouse HTTP,
-                clickhouse interserver, nats monitoring
-END
-}
 
 readonly all=(postgres redis nats clickhouse)
 readonly wait_start=60 wait_stop=10 # seconds
@@ -40,100 +36,68 @@ die() {
     exit 1
 }
 
-settings() {
-    dir=$(realpath -ms -- "$dir")
-    # The folder's name goes into four configuration formats; this keeps quoting out of all of them.
-    [[ $dir =~ ^/[A-Za-z0-9/._+@-]+$ ]] ||
-        die "SERVERS_DIR=$dir: use letters, digits and . _ + @ - only"
-    if ! [[ $base =~ ^[1-9][0-9]{3,4}$ ]] || ((base < 1024 || base > 65529)); then
-        die "SERVERS_PORT=$base: must be a number from 1024 to 65529"
-    fi
-}
+command=${1:-help}
+[[ $command != stop && $command != clean || -e $dir ]] || exit 0
+[[ $(uname) == Linux ]] || die "runs on Linux only; elsewhere start Docker, and make uses that"
+dir=$(realpath -ms -- "$dir")
+# The folder's name goes into four configuration formats; this keeps quoting out of all of them.
+[[ $dir =~ ^/[A-Za-z0-9/._+@-]+$ ]] || die "SERVERS_DIR=$dir: use letters, digits and . _ + @ - only"
+[[ $base =~ ^[1-9][0-9]{3,4}$ && $base -ge 1024 && $base -le 65529 ]] ||
+    die "SERVERS_PORT=$base: must be a number from 1024 to 65529"
 
-# ports prints the ports of server $1; the first is the one in its URL.
-ports() {
-    case $1 in
-    postgres) echo $((base)) ;;
-    redis) echo $((base + 1)) ;;
-    nats) echo $((base + 2)) $((base + 6)) ;;
-    clickhouse) echo $((base + 3)) $((base + 4)) $((base + 5)) ;;
-    esac
-}
-
-url() {
-    local port
-    port=$(ports "$1")
-    port=127.0.0.1:${port%% *}
-    case $1 in
-    postgres) echo "postgres://goods:goods@$port/goods?sslmode=disable" ;;
-    redis) echo "redis://$port/0" ;;
-    nats) echo "nats://$port" ;;
-    clickhouse) echo "clickhouse://$port/default" ;;
-    esac
-}
+# The first port of each is the one in its URL.
+declare -A ports=([postgres]=$base [redis]=$((base + 1)) [nats]="$((base + 2)) $((base + 6))"
+    [clickhouse]="$((base + 3)) $((base + 4))")
+declare -A url=([postgres]="postgres://goods:goods@127.0.0.1:$base/goods?sslmode=disable"
+    [redis]="redis://127.0.0.1:$((base + 1))/0" [nats]="nats://127.0.0.1:$((base + 2))"
+    [clickhouse]="clickhouse://127.0.0.1:$((base + 3))/default")
 
 # ---- install
 
 # postgres_bin prints the folder of the Postgres programs: of the version that made the data, else the newest.
 postgres_bin() {
-    local bin
-    if [[ -r $dir/postgres/PG_VERSION ]]; then
-        bin=/usr/lib/postgresql/$(<"$dir/postgres/PG_VERSION")/bin/postgres
-    else
-        bin=$(printf '%s\n' /usr/lib/postgresql/*/bin/postgres | sort -V | tail -n 1)
-    fi
-    [[ -x $bin ]] || bin=$(command -v postgres) || return 1
+    local bin version='*'
+    [[ ! -r $dir/postgres/PG_VERSION ]] || version=$(<"$dir/postgres/PG_VERSION")
+    bin=$(compgen -G "/usr/lib/postgresql/$version/bin/postgres" | sort -V | tail -n 1) ||
+        bin=$(command -v postgres) || return 1
     dirname "$(realpath "$bin")"
 }
 
-# have tells whether server $1 is installed. It looks for the program, so that one built or placed by hand counts
-# and a second call asks no package manager.
-have() {
-    case $1 in
-    postgres) postgres_bin >/dev/null ;;
-    *) command -v "$1-server" >/dev/null ;;
-    esac
-}
-
-package() {
-    case $1 in
-    postgres) echo postgresql ;;
-    *) echo "$1-server" ;;
-    esac
-}
-
-# install brings the servers of $1 (a list in one word) and the packages that follow, as far as they are missing.
-install() {
-    local name status want=() missing=()
-    for name in $1; do
-        have "$name" || missing+=("$(package "$name")")
+# missing prints the packages of the servers named that are not here. It looks for the programs, so that one built or
+# placed by hand counts, and a second call asks no package manager.
+missing() {
+    local name
+    for name; do
+        case $name in
+        postgres) postgres_bin >/dev/null || echo postgresql ;;
+        *) command -v "$name-server" >/dev/null || echo "$name-server" ;;
+        esac
     done
-    want=("${missing[@]}")
-    for name in "${@:2}"; do
-        status=$(dpkg-query -W -f '${db:Status-Status}' "$name" 2>/dev/null) || true
-        [[ $status == installed ]] || want+=("$name")
+}
+
+# install brings the packages named, as far as they are missing.
+install() {
+    local name want=()
+    for name; do
+        [[ $(dpkg-query -W -f '${db:Status-Status}' "$name" 2>/dev/null) == installed ]] || want+=("$name")
     done
     ((${#want[@]})) || return 0
-
     command -v apt-get >/dev/null || die "missing: ${want[*]}; there is no apt-get here to install them with"
     if ((EUID == 0)); then
         install_as_root "${want[@]}"
     elif command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [[ -t 0 && -t 2 ]]; }; then
         echo "+ sudo apt-get install -y --no-install-recommends ${want[*]}"
-        sudo "$(realpath "$0")" install "${@:2}"
+        sudo "$(realpath "$0")" install "${want[@]}"
     else
         die "missing, and neither root nor sudo to install them: apt-get install ${want[*]}"
     fi
 }
 
 # install_as_root installs packages. A system-wide server among them must neither start now (policy-rc.d) nor at the
-# next boot (disable), and Postgres must not create its "main" cluster: this script starts servers of its own, and
-# only those.
+# next boot (disable), and Postgres must not create its "main" cluster: this script starts servers of its own only.
 install_as_root() (
-    local policy=/usr/sbin/policy-rc.d cluster=/etc/postgresql-common/createcluster.d/goods.conf package
-    local made=()
-    trap '((${#made[@]} == 0)) || rm -f "${made[@]}"' EXIT
-    trap 'exit 130' INT TERM
+    local policy=/usr/sbin/policy-rc.d cluster=/etc/postgresql-common/createcluster.d/goods.conf package made=() now=()
+    trap 'rm -f "${made[@]}"' EXIT
     if [[ ! -e $policy ]]; then
         made+=("$policy")
         printf '#!/bin/sh\nexit 101\n' >$policy
@@ -144,35 +108,16 @@ install_as_root() (
         mkdir -p "${cluster%/*}"
         echo 'create_main_cluster = false' >$cluster
     fi
-
     apt() {
         echo "+ apt-get $*"
         DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=300 "$@" </dev/null
     }
-    # A new machine has no package lists, and old lists name files that are gone.
-    local updated=
-    if ! apt-cache show "$@" >/dev/null 2>&1; then
-        apt update || true
-        updated=1
-        for package; do
-            apt-cache show "$package" >/dev/null 2>&1 || die "apt has no package $package on this system"
-        done
-    fi
-    if ! apt install -y --no-install-recommends "$@"; then
-        [[ ! $updated ]] || die "apt could not install: $*"
-        apt update || true
-        apt install -y --no-install-recommends "$@" || die "apt could not install: $*"
-    fi
-
-    local now=()
-    [[ ! -d /run/systemd/system ]] || now=(--now) # an existing policy-rc.d may have let it start
+    apt update || true # a new machine has no lists, and old ones name files that are gone
+    apt install -y --no-install-recommends "$@" || die "apt could not install: $*"
+    [[ ! -d /run/systemd/system ]] || now=(--now) # a policy-rc.d that was there may have let it start
     for package; do
-        if command -v systemctl >/dev/null; then
-            systemctl disable --quiet "${now[@]}" "$package"
-        else
-            update-rc.d "$package" disable
-        fi 2>/dev/null || true
-    done
+        systemctl disable --quiet "${now[@]}" "$package" || update-rc.d "$package" disable || true # not all are servers
+    done 2>/dev/null
 )
 
 # ---- processes
@@ -181,43 +126,29 @@ install_as_root() (
 # may belong to another by now, so the process must also have this folder among its arguments; a zombie has none.
 pid_of() {
     local pid args
-    [[ -r $dir/$1.pid ]] && read -r pid <"$dir/$1.pid" && [[ $pid =~ ^[0-9]+$ ]] || return 1
-    mapfile -d '' -t args 2>/dev/null <"/proc/$pid/cmdline" || return 1
-    [[ " ${args[*]}" == *[\ =]"$dir/$1"* ]] || return 1
-    echo "$pid"
+    read -r pid <"$dir/$1.pid" && [[ $pid =~ ^[0-9]+$ ]] && mapfile -d '' -t args <"/proc/$pid/cmdline" &&
+        [[ " ${args[*]}" == *[\ =]"$dir/$1"* ]] && echo "$pid"
 } 2>/dev/null
 
-# family prints all pids of server $1. Postgres' children show in no argument that they are of this server, and each
-# is a session of its own, but all of them stay in the data folder. They may outlive a killed parent for a moment.
-family() {
-    local process
-    pid_of "$1" || true
-    [[ $1 == postgres ]] || return 0
-    for process in /proc/[0-9]*; do
-        [[ ! $process/cwd -ef $dir/postgres ]] || echo "${process#/proc/}"
-    done
-}
-
-# signal sends signal $2 to every process of server $1.
+# signal sends signal $2 to every process of server $1. Postgres' children show in no argument that they are of this
+# server, and each is a session of its own, but all of them stay in the data folder. They may outlive a killed parent.
 signal() {
-    local pids
-    mapfile -t pids < <(family "$1")
+    local pids process
+    mapfile -t pids < <(pid_of "$1")
+    if [[ $1 == postgres ]]; then
+        for process in /proc/[0-9]*; do
+            [[ ! $process/cwd -ef $dir/postgres ]] || pids+=("${process#/proc/}")
+        done
+    fi
     ((${#pids[@]} == 0)) || kill -s "$2" "${pids[@]}" 2>/dev/null || true
 }
 
-# launch runs a command as server $1, detached from this shell, its terminal and its open files, so that it outlives
-# make and is not reached by Ctrl-C. setsid and setpriv replace themselves, so $! is the server's own pid.
+# launch runs a command as server $1, detached from this shell, its terminal and its open files (make's and the
+# lock's), so that it outlives make and Ctrl-C. setsid and setpriv replace themselves, so $! is the server's own pid.
 launch() {
-    local name=$1
-    shift
     (
-        echo "$BASHPID" >"$dir/$name.pid"
-        exec </dev/null >>"$dir/$name.log" 2>&1
-        for fd in "/proc/$BASHPID/fd"/*; do
-            fd=${fd##*/}
-            ((fd <= 2)) || eval "exec $fd>&-"
-        done
-        exec setsid "$@"
+        echo "$BASHPID" >"$dir/$1.pid"
+        exec setsid "${@:2}" </dev/null >>"$dir/$1.log" 2>&1 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
     ) &
 }
 
@@ -246,77 +177,46 @@ run_postgres() {
     signal postgres KILL
     rm -f "$data/postmaster.pid"
     # In arguments rather than in postgresql.conf, so that the same data can move to other ports.
-    launch postgres "${as_postgres[@]}" "$bin/postgres" -D "$data" -h 127.0.0.1 -p "$(ports postgres)" \
+    launch postgres "${as_postgres[@]}" "$bin/postgres" -D "$data" -h 127.0.0.1 -p "$base" \
         -c unix_socket_directories= -c max_connections=200
 }
 
 run_redis() {
     mkdir -p "$dir/redis"
-    # One rare save point: SIGTERM and SHUTDOWN then save, while a benchmark is not disturbed by forks.
-    cat >"$dir/redis/redis.conf" <<END
-bind 127.0.0.1
-port $(ports redis)
-dir $dir/redis
-save 3600 1
-# keeps the arguments, by which this script knows its process
-set-proc-title no
-END
-    launch redis "$(command -v redis-server)" "$dir/redis/redis.conf"
+    # One rare save point: SIGTERM and SHUTDOWN then save, while a benchmark is not disturbed by forks. The title
+    # stays, as this script knows its process by the arguments.
+    launch redis "$(command -v redis-server)" --bind 127.0.0.1 --port "${ports[redis]}" --dir "$dir/redis" \
+        --save "3600 1" --set-proc-title no
 }
 
 run_nats() {
-    local port
-    read -ra port <<<"$(ports nats)"
-    mkdir -p "$dir/nats"
-    cat >"$dir/nats/nats.conf" <<END
-listen: "127.0.0.1:${port[0]}"
-http: "127.0.0.1:${port[1]}"
-jetstream { store_dir: "$dir/nats", max_memory_store: 64MB, max_file_store: 10GB }
-END
-    launch nats "$(command -v nats-server)" -c "$dir/nats/nats.conf"
+    launch nats "$(command -v nats-server)" -a 127.0.0.1 -p $((base + 2)) -m $((base + 6)) -js -sd "$dir/nats"
 }
 
 run_clickhouse() {
-    local port
-    read -ra port <<<"$(ports clickhouse)"
     mkdir -p "$dir/clickhouse"
     # The root element has to be "yandex" for the version that Debian ships; later ones accept it too.
     cat >"$dir/clickhouse/config.xml" <<END
 <yandex>
     <logger><level>information</level><console>1</console></logger>
     <listen_host>127.0.0.1</listen_host>
-    <tcp_port>${port[0]}</tcp_port>
-    <http_port>${port[1]}</http_port>
-    <interserver_http_port>${port[2]}</interserver_http_port>
-    <interserver_http_host>127.0.0.1</interserver_http_host>
+    <tcp_port>$((base + 3))</tcp_port>
+    <http_port>$((base + 4))</http_port>
     <path>$dir/clickhouse/data/</path>
-    <tmp_path>$dir/clickhouse/tmp/</tmp_path>
-    <user_files_path>$dir/clickhouse/user_files/</user_files_path>
-    <format_schema_path>$dir/clickhouse/format_schemas/</format_schema_path>
+    <mark_cache_size>67108864</mark_cache_size>
+    <query_log><database>system</database><table>query_log</table></query_log>
     <users_config>$dir/clickhouse/users.xml</users_config>
     <default_profile>default</default_profile>
     <default_database>default</default_database>
-    <mark_cache_size>67108864</mark_cache_size>
-    <uncompressed_cache_size>0</uncompressed_cache_size>
-    <query_log>
-        <database>system</database>
-        <table>query_log</table>
-        <flush_interval_milliseconds>1000</flush_interval_milliseconds>
-    </query_log>
 </yandex>
 END
     cat >"$dir/clickhouse/users.xml" <<END
 <yandex>
     <profiles><default><log_queries>1</log_queries></default></profiles>
     <quotas><default></default></quotas>
-    <users>
-        <default>
-            <password></password>
-            <networks><ip>127.0.0.1</ip></networks>
-            <profile>default</profile>
-            <quota>default</quota>
-        </default>
-    </users>
+    <users><default>
+        <password></password><networks><ip>127.0.0.1</ip></networks><profile>default</profile><quota>default</quota>
+    </default></users>
 </yandex>
 END
     launch clickhouse "$(command -v clickhouse-server)" --config-file="$dir/clickhouse/config.xml"
@@ -324,78 +224,46 @@ END
 
 # ---- answers
 
-open() {
-    # shellcheck disable=SC2016 # the inner shell expands: timeout needs a command
-    timeout 2 bash -c '</dev/tcp/127.0.0.1/"$0"' "$1" 2>/dev/null
-}
-
-# ask sends $2 to port $1 and prints the answer, up to its end.
+# ask sends $2 to port $1 of this machine and prints the answer up to its end; without $2 it only connects.
 ask() {
     # shellcheck disable=SC2016 # the inner shell expands: timeout needs a command
-    timeout 2 bash -c 'exec 3<>"/dev/tcp/127.0.0.1/$0" && printf %b "$1" >&3 && cat <&3' "$1" "$2" 2>/dev/null |
-        tr -d '\0'
+    timeout 2 bash -c 'exec 3<>"/dev/tcp/127.0.0.1/$0" && [[ ! $1 ]] || { printf %b "$1" >&3 && tr -d "\0" <&3; }' \
+        "$1" "${2-}" 2>/dev/null
 }
 
 # answers tells whether server $1 is ready for work, not only listening.
 answers() {
     case $1 in
-    postgres) "$(postgres_bin)/pg_isready" -q -h 127.0.0.1 -p $((base)) -t 2 ;;
+    postgres) "$(postgres_bin)/pg_isready" -q -h 127.0.0.1 -p "$base" -t 2 ;;
     redis) [[ $(ask $((base + 1)) 'PING\r\nQUIT\r\n') == +PONG* ]] ;;
-    nats) [[ $(ask $((base + 6)) 'GET /healthz HTTP/1.0\r\n\r\n') == *'"ok"'* ]] && open $((base + 2)) ;;
-    clickhouse)
-        [[ $(ask $((base + 4)) 'GET /?query=SELECT+1 HTTP/1.0\r\n\r\n') == *' 200 OK'* ]] && open $((base + 3))
-        ;;
+    nats) [[ $(ask $((base + 6)) 'GET /healthz HTTP/1.0\r\n\r\n') == *'"ok"'* ]] && ask $((base + 2)) ;;
+    clickhouse) [[ $(ask $((base + 4)) 'GET /ping HTTP/1.0\r\n\r\n') == *' 200 OK'* ]] && ask $((base + 3)) ;;
     esac
 }
 
-# prepare makes the folder, and marks it as one that clean may delete.
-prepare() {
-    mkdir -p "$dir" 2>/dev/null || true
-    [[ -d $dir && -w $dir ]] || die "cannot write to $dir; choose another folder with SERVERS_DIR"
-    # Under /var/tmp anyone can make a folder of this name first: what lies in it is then not to be trusted.
-    [[ -O $dir ]] || die "$dir belongs to $(stat -c %U "$dir"); choose another folder with SERVERS_DIR"
-    if [[ ! -e $dir/.goods-servers ]]; then
-        [[ -z $(ls -A "$dir") || -e $dir/.goods-servers ]] ||
-            die "$dir holds other files; choose a new or empty folder with SERVERS_DIR"
-        : >"$dir/.goods-servers"
-        chmod 755 "$dir"
-    fi
-    cd "$dir"
-}
+# ---- commands
 
-# ours tells whether this script made the folder, and refuses one of another user.
-ours() {
-    [[ -e $dir/.goods-servers ]] || return 1
-    [[ -O $dir ]] || die "$dir belongs to $(stat -c %U "$dir")"
-}
-
-# locked runs a command under the lock of server $2, so that two makes at once do not both initialise it.
-locked() {
-    (
-        flock -w $((wait_start + wait_stop)) 9 || die "$2: another servers.sh is busy with it"
-        "$@"
-    ) 9>>"$dir/.$2.lock"
+# report fails with message $2 and what server $1 said last.
+report() {
+    tail -n 5 "$dir/$1.log" >&2 || true
+    die "$1: $2; its log is $dir/$1.log"
 }
 
 start_server() {
     local name=$1 pid port began=$SECONDS
     if pid=$(pid_of "$name"); then
-        [[ $(cat ".$name.base") == "$base" ]] ||
-            die "$name: runs here for SERVERS_PORT=$(cat ".$name.base"); stop it first, or choose another SERVERS_DIR"
+        [[ $(<"$dir/.$name.base") == "$base" ]] ||
+            die "$name: runs here for SERVERS_PORT=$(<"$dir/.$name.base"); stop it first, or choose another SERVERS_DIR"
         signal "$name" CONT
     else
-        if [[ $name == postgres ]] && ! "${as_postgres[@]}" test -x "$dir"; then
+        [[ $name != postgres ]] || "${as_postgres[@]}" test -x "$dir" ||
             die "postgres: user postgres cannot enter $dir; choose another folder with SERVERS_DIR"
-        fi
-        for port in $(ports "$name"); do
+        for port in ${ports[$name]}; do
             # A killed server's port may stay open for an instant longer than its process.
-            for ((i = 0; i < 10; i++)); do
-                open "$port" || continue 2
-                sleep 0.1
-            done
-            die "$name: port $port is taken; choose others with SERVERS_PORT (seven in a row)"
+            ! ask "$port" || { sleep 0.5 && ! ask "$port"; } ||
+                die "$name: port $port is taken; choose others with SERVERS_PORT (seven in a row)"
         done
-        echo "$base" >".$name.base"
+        echo "$base" >"$dir/.$name.base"
         "run_$name" || report "$name" "could not be set up"
         pid=$!
     fi
@@ -404,40 +272,50 @@ start_server() {
         ((SECONDS - began < wait_start)) || report "$name" "does not answer after $wait_start seconds"
         sleep 0.05
     done
-    echo "$name: $(url "$name")"
-}
-
-# report fails with message $2 and what server $1 said last.
-report() {
-    tail -n 5 "$dir/$1.log" >&2 || true
-    die "$1: $2; its log is $dir/$1.log"
+    echo "$name: ${url[$name]}"
 }
 
 stop_server() {
-    local name=$1 signal=TERM i
-    if pid_of "$name" >/dev/null; then
+    local name=$1 pid signal=TERM began=$SECONDS
+    if pid=$(pid_of "$name"); then
         [[ $name != postgres ]] || signal=INT # TERM waits until the last client has gone
-        kill -s $signal "$(pid_of "$name")" 2>/dev/null || die "$name: not allowed to stop it"
+        kill -s $signal "$pid" || die "$name: not allowed to stop it"
         signal "$name" CONT # a paused process takes its signals only then
-        for ((i = 0; i < wait_stop * 20; i++)); do
-            pid_of "$name" >/dev/null || break
+        while pid_of "$name" >/dev/null; do
+            if ((SECONDS - began > wait_stop)); then
+                echo "$name: did not stop in $wait_stop seconds, killed" >&2
+                signal "$name" KILL
+                began=$SECONDS
+            fi
             sleep 0.05
         done
-        if ((i == wait_stop * 20)); then
-            echo "$name: did not stop in $wait_stop seconds, killed" >&2
-            signal "$name" KILL
-            while pid_of "$name" >/dev/null; do sleep 0.05; done
-        fi
     fi
     rm -f "$dir/$name.pid"
 }
 
-# each runs a function for every server named, side by side, and fails when one of them fails.
+pause_server() { signal "$1" STOP; }
+resume_server() { signal "$1" CONT; }
+
+status_server() {
+    local pid
+    if ! pid=$(pid_of "$1"); then
+        echo "$1: stopped"
+    elif answers "$1"; then
+        echo "$1: running, pid $pid, ${url[$1]}"
+    else
+        echo "$1: does not answer, pid $pid, log $dir/$1.log"
+    fi
+}
+
+# each runs function $1 for every server named, side by side, and fails when one of them fails. It holds the server's
+# lock, so that two makes at once do not both initialise it.
 each() {
-    local action=$1 name pids=() failed=0
-    shift
-    for name; do
-        "$action" "$name" &
+    local name pid pids=() failed=0
+    for name in "${@:2}"; do
+        (
+            flock -w $((wait_start + wait_stop)) 9 || die "$name: another servers.sh is busy with it"
+            "$1" "$name"
+        ) 9>>"$dir/.$name.lock" &
         pids+=($!)
     done
     for pid in "${pids[@]}"; do
@@ -446,66 +324,46 @@ each() {
     return $failed
 }
 
-start_locked() { locked start_server "$1"; }
-stop_locked() { locked stop_server "$1"; }
-pause_server() { signal "$1" STOP; }
-resume_server() { signal "$1" CONT; }
-
-main() {
-    local command=${1:-} name pid
-    if [[ ! $command || $command == -h || $command == --help ]]; then
-        usage
-        return
-    fi
-    shift
-    settings
-    if [[ $command == install ]]; then
-        if (($#)); then install "" "$@"; else install "${all[*]}"; fi
-        return
-    fi
-    for name; do
-        [[ " ${all[*]} " == *" $name "* ]] || die "$name: no such server; there are ${all[*]}"
-    done
-    (($#)) || set -- "${all[@]}"
-    case $command in
-    start)
-        install "$*"
-        prepare
-        each start_locked "$@"
-        ;;
-    stop)
-        if ours; then each stop_locked "$@"; fi
-        ;;
-    pause | resume)
-        if ours; then each "${command}_server" "$@"; fi
-        ;;
-    status)
-        for name; do
-            if ! pid=$(pid_of "$name"); then
-                echo "$name: stopped"
-            elif answers "$name"; then
-                echo "$name: running, pid $pid, $(url "$name")"
-            else
-                echo "$name: does not answer, pid $pid, log $dir/$name.log"
-            fi
-        done
-        ;;
-    env)
-        for name; do
-            echo "export ${name^^}_URL='$(url "$name")'"
-        done
-        ;;
-    clean)
-        [[ -e $dir ]] || return 0
-        ours || die "$dir was not made by this script; nothing deleted"
-        each stop_locked "${all[@]}"
-        rm -rf --one-file-system "$dir"
-        ;;
-    *)
-        usage >&2
-        exit 2
-        ;;
-    esac
+# ours tells whether this script made the folder. Under /var/tmp anyone can make one of this name first: what lies in
+# it is then not to be trusted.
+ours() {
+    [[ -e $dir/.goods-servers ]] || return 1
+    [[ -O $dir ]] || die "$dir belongs to $(stat -c %U "$dir"); choose another folder with SERVERS_DIR"
 }
 
-main "$@"
+if [[ $command == install ]]; then
+    # shellcheck disable=SC2046 # one word a package
+    install $(if (($# > 1)); then echo "${@:2}"; else missing "${all[@]}"; fi)
+    exit
+fi
+servers=("${@:2}")
+(($# > 1)) || servers=("${all[@]}")
+for name in "${servers[@]}"; do
+    [[ " ${all[*]} " == *" $name "* ]] || die "$name: no such server; there are ${all[*]}"
+done
+case $command in
+start)
+    # shellcheck disable=SC2046
+    install $(missing "${servers[@]}")
+    mkdir -p "$dir" 2>/dev/null || die "cannot make $dir; choose another folder with SERVERS_DIR"
+    if [[ -O $dir && ! $(ls -A "$dir") ]]; then
+        : >"$dir/.goods-servers"
+        chmod 755 "$dir"
+    fi
+    ours || die "$dir holds other files, or is another user's; choose a new or empty folder with SERVERS_DIR"
+    cd "$dir"
+    each start_server "${servers[@]}"
+    ;;
+stop | pause | resume) ! ours || each "${command}_server" "${servers[@]}" ;;
+status) for name in "${servers[@]}"; do status_server "$name"; done ;;
+env) for name in "${servers[@]}"; do echo "export ${name^^}_URL='${url[$name]}'"; done ;;
+clean)
+    ours || die "$dir was not made by this script; nothing deleted"
+    each stop_server "${all[@]}"
+    rm -rf --one-file-system "$dir"
+    ;;
+*)
+    sed -n '/^set/q; 2,$s/^# \{0,1\}//p' "$0"
+    [[ $command == *help || $command == -h ]] || exit 2
+    ;;
+esac
