@@ -9,7 +9,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/ClickHouse/clickhouse-go/v2"
@@ -22,8 +22,10 @@ const (
 	relayBatch   = 500         // events claimed in one transaction
 	relayPoll    = time.Second // on average; a nudge comes earlier
 	relaySettle  = 20 * time.Millisecond
-	eventTimeout = 5 * time.Second // for one exchange with NATS or ClickHouse
+	maxMessage   = 256 << 10       // bytes of events in one message, but for a single larger one
+	eventTimeout = 5 * time.Second // for one exchange with ClickHouse, or one statement of Postgres
 	natsTimeout  = 2 * time.Second // for one answer of NATS; what is then sent again is a repeat
+	batchWait    = time.Second     // for a batch to fill
 	ackWait      = 10 * time.Second
 	lostAfter    = 30 * time.Second
 	retryFirst   = 100 * time.Millisecond
@@ -32,7 +34,7 @@ const (
 )
 
 // event is one version of a good, as it travels from the outbox to ClickHouse.
-// (ID, Version) is its name: NATS and ClickHouse tell repeats by it.
+// A message of NATS is a JSON array of events.
 type event struct {
 	Outbox      int64     `json:"outbox"` // the row to delete once ClickHouse holds the event
 	ID          int32     `json:"id"`
@@ -53,27 +55,25 @@ func (e *event) valid() bool {
 
 // pipeline moves events from the outbox through NATS into ClickHouse. An
 // outbox row goes only when ClickHouse holds its event, so NATS may lose
-// everything: what is still in the outbox travels again. Repeats are harmless.
+// everything: what is still in the outbox travels again. Repeats are harmless,
+// so it may be killed anywhere.
 type pipeline struct {
-	db         *database // commits of its own: losing one in a crash only repeats work
+	db         *database // commits without waiting for the disk: losing one only repeats work
 	nats       *nats.Conn
 	js         jetstream.JetStream
 	clickhouse clickhouse.Conn
-	stream     string
+	namespace  string
 	replicas   int
 	batch      int // events in one INSERT
 	log        *slog.Logger
 	counts     *metrics
-	natsUp     *dependency
-	chUp       *dependency
+	nudge      chan struct{} // holds one: there is something to relay
 
-	nudge chan struct{} // holds one: there is something to relay
-
-	mu       sync.Mutex // guards what follows
-	consumer jetstream.Consumer
+	relayErr, drainErr, storeErr atomic.Pointer[error] // of the last try, or nil
 }
 
-func (p *pipeline) subject() string { return strings.ToLower(p.stream) + ".events" }
+func (p *pipeline) stream() string  { return strings.ToUpper(p.namespace) }
+func (p *pipeline) subject() string { return p.namespace + ".events" }
 
 // wake tells the relay that something was written. It never blocks.
 func (p *pipeline) wake() {
@@ -83,22 +83,50 @@ func (p *pipeline) wake() {
 	}
 }
 
+// failed notes how a step went, for ping and the log.
+func (p *pipeline) failed(last *atomic.Pointer[error], step string, err error) bool {
+	if err == nil {
+		last.Store(nil)
+		return false
+	}
+	err = fmt.Errorf("%s: %w", step, err)
+	last.Store(&err)
+	p.log.Debug("events do not move", "err", err)
+	return true
+}
+
+// pingNATS reports whether events can pass through NATS.
+func (p *pipeline) pingNATS(ctx context.Context) error {
+	for _, last := range []*atomic.Pointer[error]{&p.relayErr, &p.drainErr} {
+		if err := last.Load(); err != nil {
+			return *err
+		}
+	}
+	stream, err := p.js.Stream(ctx, p.stream())
+	if err == nil {
+		p.counts.backlog.Store(int64(stream.CachedInfo().State.Msgs))
+	}
+	return err
+}
+
+// pingClickHouse reports whether events can be stored.
+func (p *pipeline) pingClickHouse(ctx context.Context) error {
+	if err := p.storeErr.Load(); err != nil {
+		return *err
+	}
+	return p.clickhouse.Exec(ctx, `SELECT Id FROM goods_log LIMIT 0`)
+}
+
 // relay publishes what waits in the outbox, until ctx ends. Any number of
 // replicas may relay at once.
 func (p *pipeline) relay(ctx context.Context) {
-	_, _ = p.connect(ctx) // else the first event of all finds no stream
 	for ctx.Err() == nil {
 		n, err := p.publish(ctx)
-		if err != nil && ctx.Err() == nil {
-			p.log.Debug("relay failed", "err", err)
-			_, _ = p.connect(ctx) // the stream may be gone; the next round tells
-		}
-		if err == nil && n == relayBatch {
-			continue
-		}
 		nudge := p.nudge
-		if err != nil {
+		if p.failed(&p.relayErr, "relay", err) {
 			nudge = nil // writes go on meanwhile; they must not hurry the next try
+		} else if n == relayBatch {
+			continue
 		}
 		select {
 		case <-ctx.Done():
@@ -109,152 +137,141 @@ func (p *pipeline) relay(ctx context.Context) {
 	}
 }
 
-// publish claims, publishes and marks one batch, and returns its size. The
-// rows stay locked until NATS has acknowledged all of them.
-func (p *pipeline) publish(ctx context.Context) (n int, err error) {
-	if !p.nats.IsConnected() {
-		p.natsUp.report("relay", nats.ErrDisconnected)
-		return 0, nats.ErrDisconnected
-	}
-	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
-	defer cancel()
-	err = inTx(ctx, p.db, func(tx *sql.Tx) error {
-		events, err := p.claim(ctx, tx)
-		if err != nil {
-			return fmt.Errorf("claim events: %w", err)
-		}
-		err = p.send(ctx, events)
-		p.natsUp.report("relay", err)
-		if err != nil || len(events) == 0 {
-			return err
-		}
-		const mark = `
-UPDATE outbox
-SET published_at = clock_timestamp()
-WHERE id = ANY ($1)`
-		n = len(events)
-		_, err = tx.ExecContext(ctx, mark, outboxIDs(events))
-		return err
-	})
-	return n, err
-}
-
-func (p *pipeline) claim(ctx context.Context, tx *sql.Tx) ([]event, error) {
-	const claim = `
+const claimEvents = `
 SELECT id, good_id, project_id, name, description, priority, removed, version, event_time
 FROM outbox
 WHERE published_at IS NULL
 ORDER BY id
 LIMIT $1
 FOR UPDATE SKIP LOCKED`
-	rows, err := p.db.query(ctx, tx, claim, relayBatch)
-	if err != nil {
-		return nil, err
+
+const markPublished = `
+UPDATE outbox
+SET published_at = clock_timestamp()
+WHERE id = ANY ($1)`
+
+// publish claims, publishes and marks one batch, and returns its size. The
+// rows stay locked until NATS has acknowledged all of them.
+func (p *pipeline) publish(ctx context.Context) (int, error) {
+	if !p.nats.IsConnected() {
+		return 0, nats.ErrDisconnected
 	}
-	defer rows.Close()
 	var events []event
-	for rows.Next() {
-		var e event
-		if err := rows.Scan(&e.Outbox, &e.ID, &e.ProjectID, &e.Name, &e.Description, &e.Priority, &e.Removed, &e.Version, &e.Time); err != nil {
-			return nil, err
+	err := p.db.inTx(func(tx *sql.Tx) error {
+		rows, err := p.db.query(tx, claimEvents, relayBatch)
+		if err != nil {
+			return fmt.Errorf("claim events: %w", err)
 		}
-		events = append(events, e)
-	}
-	return events, rows.Err()
+		defer rows.Close()
+		for rows.Next() {
+			var e event
+			if err := rows.Scan(&e.Outbox, &e.ID, &e.ProjectID, &e.Name, &e.Description, &e.Priority, &e.Removed, &e.Version, &e.Time); err != nil {
+				return fmt.Errorf("claim events: %w", err)
+			}
+			events = append(events, e)
+		}
+		if err := rows.Err(); err != nil || len(events) == 0 {
+			return err
+		}
+		if err := p.send(ctx, events); err != nil {
+			return fmt.Errorf("publish: %w", err)
+		}
+		_, err = p.db.query(tx, markPublished, outboxIDs(events))
+		return err
+	})
+	return len(events), err
 }
 
-// send publishes events and waits until NATS has acknowledged each.
+// send publishes events and waits until NATS has acknowledged each message.
 func (p *pipeline) send(ctx context.Context, events []event) error {
-	acks := make([]jetstream.PubAckFuture, len(events))
-	for i, e := range events {
-		data, err := json.Marshal(e)
+	var acks []jetstream.PubAckFuture
+	for len(events) > 0 {
+		message := []byte{'['}
+		n := 0
+		for ; n < min(len(events), p.batch); n++ {
+			text, err := json.Marshal(events[n])
+			if err != nil {
+				return err
+			}
+			if n > 0 && len(message)+len(text) > maxMessage {
+				break
+			}
+			message = append(append(message, text...), ',')
+		}
+		message[len(message)-1] = ']'
+		id := fmt.Sprintf("%d-%d", events[0].Outbox, events[n-1].Outbox)
+		ack, err := p.js.PublishAsync(p.subject(), message, jetstream.WithMsgID(id))
 		if err != nil {
 			return err
 		}
-		if acks[i], err = p.js.PublishAsync(p.subject(), data, jetstream.WithMsgID(fmt.Sprintf("%d-%d", e.ID, e.Version))); err != nil {
-			return fmt.Errorf("publish: %w", err)
-		}
+		acks, events = append(acks, ack), events[n:]
+		p.counts.published.Add(int64(n))
 	}
 	for _, ack := range acks {
 		select {
 		case <-ack.Ok():
-		case err := <-ack.Err():
-			return fmt.Errorf("publish: %w", err)
+		case err := <-ack.Err(): // after natsTimeout, at the latest
+			return err
 		case <-ctx.Done():
-			return fmt.Errorf("publish: %w", ctx.Err())
+			return ctx.Err()
 		}
 	}
-	p.counts.published.Add(int64(len(events)))
 	return nil
 }
 
 func outboxIDs(events []event) any {
-	ids := make([]int64, len(events))
+	ids := make(pq.Int64Array, len(events))
 	for i, e := range events {
 		ids[i] = e.Outbox
 	}
-	return pq.Array(ids)
+	return ids
 }
 
-// connect finds or creates the stream and its consumer. When the stream had
-// to be created, nothing that was published before is in it, and is published
-// again.
+// connect makes the stream and its consumer what they have to be. When the
+// stream had to be created, all that was published before is not in it.
 func (p *pipeline) connect(ctx context.Context) (jetstream.Consumer, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.consumer = nil
-	start := time.Now()
 	limited, cancel := context.WithTimeout(ctx, natsTimeout)
 	defer cancel()
-	stream, err := p.js.Stream(limited, p.stream)
-	missing := errors.Is(err, jetstream.ErrStreamNotFound)
-	if missing {
-		stream, err = p.js.CreateStream(limited, jetstream.StreamConfig{
-			Name:      p.stream,
-			Subjects:  []string{p.subject()},
-			Retention: jetstream.WorkQueuePolicy,
-			Discard:   jetstream.DiscardNew,
-			Storage:   jetstream.FileStorage,
-			MaxMsgs:   streamLimit,
-			Replicas:  p.replicas,
-			// Shorter than lostAfter: NATS must take again what it has lost.
-			Duplicates: lostAfter / 2,
-		})
+	cfg := jetstream.StreamConfig{
+		Name:      p.stream(),
+		Subjects:  []string{p.subject()},
+		Retention: jetstream.WorkQueuePolicy,
+		Discard:   jetstream.DiscardNew,
+		Storage:   jetstream.FileStorage,
+		MaxMsgs:   streamLimit,
+		Replicas:  p.replicas,
+		// Shorter than lostAfter: NATS must take again what it has lost.
+		Duplicates: lostAfter / 2,
+	}
+	begin := time.Now()
+	_, err := p.js.UpdateStream(limited, cfg)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		if _, err = p.js.CreateStream(limited, cfg); err == nil {
+			err = p.requeue(time.Since(begin))
+		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("stream %s: %w", p.stream, err)
+		return nil, fmt.Errorf("stream %s: %w", p.stream(), err)
 	}
-	consumer, err := stream.Consumer(limited, "drain")
-	if errors.Is(err, jetstream.ErrConsumerNotFound) {
-		consumer, err = stream.CreateConsumer(limited, jetstream.ConsumerConfig{
-			Durable:    "drain",
-			AckPolicy:  jetstream.AckExplicitPolicy,
-			AckWait:    ackWait,
-			MaxDeliver: -1,
-		})
-	}
-	if err != nil {
-		return nil, fmt.Errorf("consumer of %s: %w", p.stream, err)
-	}
-	p.consumer = consumer
-	if missing {
-		_ = p.requeue(ctx, time.Since(start)) // without Postgres now, find does it later
-	}
-	return consumer, nil
+	return p.js.CreateOrUpdateConsumer(limited, p.stream(), jetstream.ConsumerConfig{
+		Durable:    "drain",
+		AckPolicy:  jetstream.AckExplicitPolicy,
+		AckWait:    ackWait,
+		MaxDeliver: -1,
+	})
 }
+
+const requeueEvents = `
+UPDATE outbox
+SET published_at = NULL
+WHERE id IN (SELECT id FROM outbox WHERE published_at < clock_timestamp() - $1 * interval '1 second' LIMIT $2)`
 
 // requeue has what was published longer ago than age published again, in as
 // many steps as a long outage needs.
-func (p *pipeline) requeue(ctx context.Context, age time.Duration) error {
+func (p *pipeline) requeue(age time.Duration) error {
 	const step = 10_000
-	const requeue = `
-UPDATE outbox
-SET published_at = NULL
-WHERE id IN (SELECT id FROM outbox WHERE published_at < now() - $1 * interval '1 second' LIMIT $2)`
 	for n := int64(step); n == step; {
-		limited, cancel := context.WithTimeout(ctx, eventTimeout)
-		done, err := p.db.ExecContext(limited, requeue, age.Seconds(), step)
-		cancel()
+		done, err := p.db.Exec(requeueEvents, age.Seconds(), step)
 		if err != nil {
 			return fmt.Errorf("requeue events: %w", err)
 		}
@@ -265,36 +282,4 @@ WHERE id IN (SELECT id FROM outbox WHERE published_at < now() - $1 * interval '1
 		}
 	}
 	return nil
-}
-
-// find looks for events that NATS lost: the consumer has nothing left, and
-// rows published half a minute ago are still in the outbox.
-func (p *pipeline) find(ctx context.Context) error {
-	p.mu.Lock()
-	consumer := p.consumer
-	p.mu.Unlock()
-	if consumer == nil {
-		return nil
-	}
-	limited, cancel := context.WithTimeout(ctx, eventTimeout)
-	info, err := consumer.Info(limited)
-	cancel()
-	if err != nil { // a fetch from a consumer that is gone may just find nothing
-		if _, err = p.connect(ctx); ctx.Err() == nil {
-			p.natsUp.report("drain", err)
-		}
-		return err
-	}
-	if info.NumPending > 0 || info.NumAckPending > 0 {
-		return nil
-	}
-	return p.requeue(ctx, lostAfter)
-}
-
-// pause waits for d, or less when ctx ends.
-func pause(ctx context.Context, d time.Duration) {
-	select {
-	case <-ctx.Done():
-	case <-time.After(d):
-	}
 }

@@ -1,25 +1,42 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"database/sql"
+	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"log/slog"
-	"math"
-	"net/http"
-	"sync/atomic"
 	"time"
 
 	"github.com/lib/pq"
 )
 
-const (
-	maxInt32       = math.MaxInt32
-	maxName        = 255
-	maxDescription = 10_000
+// failure is an error that a client is told about. Every other error is
+// internal, and its cause goes to the log only.
+type failure struct {
+	status  int // of HTTP
+	code    int
+	message string
+	details map[string]string // what is wrong with each bad field
+}
+
+func (f *failure) Error() string { return fmt.Sprint(f.message, " ", f.details) }
+
+var (
+	errGoodNotFound     = &failure{status: 404, code: 3, message: "errors.good.notFound"}
+	errCampaignNotFound = &failure{status: 404, code: 4, message: "errors.campaign.notFound"}
+	errKeyReused        = &failure{status: 422, code: 9, message: "errors.request.keyReused"}
 )
 
-// good is one row of goods, as clients see it.
+// invalid is the failure of a request with these bad fields.
+func invalid(details map[string]string) error {
+	return &failure{status: 400, code: 2, message: "errors.request.invalid", details: details}
+}
+
+// good is one version of one row of goods.
 type good struct {
 	ID          int32     `json:"id"`
 	ProjectID   int32     `json:"projectId"`
@@ -28,10 +45,8 @@ type good struct {
 	Priority    int32     `json:"priority"`
 	Removed     bool      `json:"removed"`
 	CreatedAt   timestamp `json:"createdAt"`
+	version     int32
 }
-
-// The JSON of a good begins and ends like this.
-var goodPrefix, goodSuffix = []byte(`{"id":`), []byte(`Z"}`)
 
 // timestamp is a time in UTC with microseconds, all six digits written.
 type timestamp struct{ time.Time }
@@ -40,10 +55,25 @@ func (t timestamp) MarshalJSON() ([]byte, error) {
 	return t.UTC().AppendFormat(nil, `"2006-01-02T15:04:05.000000Z"`), nil
 }
 
-// goodColumns is what scanGoods expects.
-const goodColumns = `id, project_id, name, description, priority, removed, created_at`
+// encodeJSON is json.Marshal without the escapes that only HTML needs.
+func encodeJSON(v any) ([]byte, error) {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(v); err != nil {
+		return nil, err
+	}
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), nil
+}
 
-// scanGoods reads and closes rows.
+// goodColumns are the columns of g that fields points at.
+const goodColumns = `g.id, g.project_id, g.name, g.description, g.priority, g.removed, g.created_at, g.version`
+
+func (g *good) fields() []any {
+	return []any{&g.ID, &g.ProjectID, &g.Name, &g.Description, &g.Priority, &g.Removed, &g.CreatedAt.Time, &g.version}
+}
+
+// scanGoods reads and closes rows of goodColumns.
 func scanGoods(rows *sql.Rows, err error) ([]good, error) {
 	if err != nil {
 		return nil, err
@@ -52,7 +82,7 @@ func scanGoods(rows *sql.Rows, err error) ([]good, error) {
 	var goods []good
 	for rows.Next() {
 		var g good
-		if err := rows.Scan(&g.ID, &g.ProjectID, &g.Name, &g.Description, &g.Priority, &g.Removed, &g.CreatedAt.Time); err != nil {
+		if err := rows.Scan(g.fields()...); err != nil {
 			return nil, err
 		}
 		goods = append(goods, g)
@@ -60,278 +90,250 @@ func scanGoods(rows *sql.Rows, err error) ([]good, error) {
 	return goods, rows.Err()
 }
 
-// service answers the API's calls. Its batchers serve until close.
+// service does what the API says. Its methods may be called concurrently; they
+// return a *failure, or an error that is the service's own.
 type service struct {
-	db     *database
-	slow   *database // the same, with more patience: for long moves
-	cache  *cache
-	wake   func() // tells the relay that something was written
-	log    *slog.Logger
-	counts *metrics
-	health *health
+	db    *database
+	cache *cache
+	wake  func() // tells the relay that something was written
 
-	lists   batcher[listRequest, []byte]
-	creates batcher[createRequest, good]
-	updates batcher[updateRequest, good]
-	removes batcher[target, good]
-
-	// doubtAt is when a write was left whose outcome, or effect on the cache,
-	// is not known, in Unix nanoseconds: see write.
-	doubtAt atomic.Int64
-	// moving holds one token for the only move that runs: they would wait for
-	// each other in Postgres, and hold all its connections meanwhile.
-	moving  chan struct{}
-	closing atomic.Bool
+	creates *batcher[createRequest, createResult]
+	edits   *batcher[editRequest, good]
+	moves   *batcher[moveRequest, []place]
+	lists   *batcher[listRequest, []byte]
 }
 
-// start makes the batchers ready. Each runs one batch at a time: while it waits
-// for a store, the next one gathers, and more would only be smaller.
-func (s *service) start() {
-	s.moving = make(chan struct{}, 1)
-	const most = 64
-	startBatcher(s, &s.lists, "list", most, s.readPages)
-	startBatcher(s, &s.creates, "create", most, s.insertGoods)
-	startBatcher(s, &s.updates, "update", most, s.updateGoods)
-	startBatcher(s, &s.removes, "remove", most, s.removeGoods)
+func newService(db *database, cache *cache, wake func(), counts *metrics, log *slog.Logger) *service {
+	s := &service{db: db, cache: cache, wake: wake}
+	s.creates = newBatcher("create", 64, createRequest.apart, s.createAll, counts, log)
+	s.edits = newBatcher("edit", 64, editRequest.apart, s.editAll, counts, log)
+	s.moves = newBatcher("reprioritize", 1, nil, s.moveGood, counts, log)
+	s.lists = newBatcher("list", 64, nil, s.readPages, counts, log)
+	return s
 }
 
-func startBatcher[Q, A any](s *service, b *batcher[Q, A], name string, limit int, run func(context.Context, []Q) ([]result[A], error)) {
-	b.name, b.limit, b.run = name, limit, run
-	b.sizes, b.log = s.counts.batch(name), s.log
+// write runs f in one transaction, and wakes the relay.
+func (s *service) write(f func(tx *sql.Tx) error) error {
+	err := s.db.inTx(f)
+	if err == nil {
+		s.wake()
+	}
+	return err
 }
 
-// close ends the batchers. It must come after the last request.
-func (s *service) close() {
-	s.lists.close()
-	s.creates.close()
-	s.updates.close()
-	s.removes.close()
-}
-
+// createRequest makes a good, once for each key that is not empty.
 type createRequest struct {
-	projectID   int32
-	name        string
-	description string
+	projectID         int32
+	name, description string
+	key               string
 }
 
-func (s *service) create(w http.ResponseWriter, r *http.Request) error {
-	in, err := readInput(w, r, "name", "description")
-	if err != nil {
-		return err
+// apart keeps requests with the same key out of one batch: the second then
+// finds the good of the first.
+func (q createRequest) apart() any {
+	if q.key == "" {
+		return nil
 	}
-	q := createRequest{projectID: int32(in.number("projectId", maxInt32)), name: in.name()}
-	if d := in.text("description", maxDescription); d != nil {
-		q.description = *d
-	}
-	if err := in.fault(); err != nil {
-		return err
-	}
-	g, err := s.creates.do(r.Context(), q)
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusCreated, g)
+	return [2]any{q.projectID, q.key}
 }
+
+// digest tells requests with the same key but other content apart.
+func (q createRequest) digest() string {
+	if q.key == "" {
+		return ""
+	}
+	sum := sha256.Sum256([]byte(q.name + "\x00" + q.description)) // U+0000 is in no text
+	return hex.EncodeToString(sum[:])
+}
+
+type createResult struct {
+	good
+	repeated bool // the key made the good before
+}
+
+func (s *service) create(ctx context.Context, q createRequest) (createResult, error) {
+	return s.creates.do(ctx, q)
+}
+
+const lockPriorities = `SELECT lock_priorities()`
+
+const findKeys = `
+SELECT r.n - 1, g.request_digest = r.digest, ` + goodColumns + `
+FROM unnest($1::integer[], $2::text[], $3::text[]) WITH ORDINALITY AS r (project_id, key, digest, n)
+JOIN goods AS g ON g.project_id = r.project_id AND g.idempotency_key = r.key`
 
 // A request for a project that does not exist yields no row. The rows are
 // inserted, and returned, in the order of the requests.
 const insertGoods = `
-INSERT INTO goods (project_id, name, description)
-SELECT c.id, r.name, r.description
-FROM unnest($1::integer[], $2::text[], $3::text[]) WITH ORDINALITY AS r (project_id, name, description, n)
+INSERT INTO goods AS g (project_id, name, description, priority, idempotency_key, request_digest)
+SELECT c.id, r.name, r.description,
+       (SELECT coalesce(max(priority), 0) FROM goods) + row_number() OVER (ORDER BY r.n),
+       nullif(r.key, ''), nullif(r.digest, '')
+FROM unnest($1::integer[], $2::text[], $3::text[], $4::text[], $5::text[]) WITH ORDINALITY
+    AS r (project_id, key, digest, name, description, n)
 JOIN campaigns AS c ON c.id = r.project_id
 ORDER BY r.n
 RETURNING ` + goodColumns
 
-func (s *service) insertGoods(ctx context.Context, requests []createRequest) ([]result[good], error) {
-	projects := make([]int32, len(requests))
-	names := make([]string, len(requests))
-	descriptions := make([]string, len(requests))
-	for i, q := range requests {
-		projects[i], names[i], descriptions[i] = q.projectID, q.name, q.description
-	}
-	results := make([]result[good], len(requests))
-	err := s.write(ctx, s.db, func(tx *sql.Tx) ([]int, error) {
-		goods, err := scanGoods(s.db.query(ctx, tx, insertGoods, pq.Array(projects), pq.Array(names), pq.Array(descriptions)))
-		if err != nil {
-			return nil, fmt.Errorf("insert goods: %w", err)
+func (s *service) createAll(requests []createRequest) ([]result[createResult], error) {
+	results := make([]result[createResult], len(requests))
+	err := s.write(func(tx *sql.Tx) error {
+		// Before the statements that look: what they see is then the last there is.
+		if _, err := tx.Exec(lockPriorities); err != nil {
+			return fmt.Errorf("lock priorities: %w", err)
 		}
+		if err := s.findKnown(tx, requests, results); err != nil {
+			return fmt.Errorf("find keys: %w", err)
+		}
+		var left []int
+		var projects pq.Int32Array
+		var keys, digests, names, descriptions pq.StringArray
 		for i, q := range requests {
-			if len(goods) > 0 && goods[0].ProjectID == q.projectID {
-				results[i].answer, goods = goods[0], goods[1:]
+			if results[i].answer.ID != 0 || results[i].err != nil {
+				continue
+			}
+			left, projects, keys, digests = append(left, i), append(projects, q.projectID), append(keys, q.key), append(digests, q.digest())
+			names, descriptions = append(names, q.name), append(descriptions, q.description)
+		}
+		if len(left) == 0 {
+			return nil
+		}
+		rows, err := s.db.query(tx, insertGoods, projects, keys, digests, names, descriptions)
+		goods, err := scanGoods(rows, err)
+		if err != nil {
+			return fmt.Errorf("insert goods: %w", err)
+		}
+		for _, i := range left {
+			if len(goods) > 0 && goods[0].ProjectID == requests[i].projectID {
+				results[i].answer.good, goods = goods[0], goods[1:]
 			} else {
 				results[i].err = errCampaignNotFound
 			}
 		}
-		return nil, nil // nothing can be cached of a place that did not exist
+		return nil
 	})
 	return results, err
 }
 
-// target names the good that a request is about.
-type target struct {
-	id        int32
-	projectID int32
-}
-
-// readTarget reads the query of a call about one good.
-func (in *input) target() target {
-	return target{int32(in.number("id", maxInt32)), int32(in.number("projectId", maxInt32))}
-}
-
-type updateRequest struct {
-	target
-	name        string
-	description *string // nil leaves it
-}
-
-func (s *service) update(w http.ResponseWriter, r *http.Request) error {
-	in, err := readInput(w, r, "name", "description")
-	if err != nil {
-		return err
-	}
-	q := updateRequest{in.target(), in.name(), in.text("description", maxDescription)}
-	if err := in.fault(); err != nil {
-		return err
-	}
-	g, err := s.updates.do(r.Context(), q)
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusOK, g)
-}
-
-const updateGoods = `
-UPDATE goods AS g
-SET name = r.name,
-    description = coalesce(r.description, g.description)
-FROM unnest($1::integer[], $2::text[], $3::text[]) AS r (id, name, description)
-WHERE g.id = r.id
-RETURNING g.id, g.project_id, g.name, g.description, g.priority, g.removed, g.created_at`
-
-func (s *service) updateGoods(ctx context.Context, requests []updateRequest) ([]result[good], error) {
-	targets := make([]target, len(requests))
+// findKnown answers the requests whose key has made a good before.
+func (s *service) findKnown(tx *sql.Tx, requests []createRequest, results []result[createResult]) error {
+	var index []int
+	var projects pq.Int32Array
+	var keys, digests pq.StringArray
 	for i, q := range requests {
-		targets[i] = q.target
-	}
-	return s.edit(ctx, targets, func(tx *sql.Tx, turn []int) (*sql.Rows, error) {
-		ids := make([]int32, len(turn))
-		names := make([]string, len(turn))
-		descriptions := make([]*string, len(turn))
-		for i, n := range turn {
-			ids[i], names[i], descriptions[i] = requests[n].id, requests[n].name, requests[n].description
+		if q.key != "" {
+			index, projects, keys, digests = append(index, i), append(projects, q.projectID), append(keys, q.key), append(digests, q.digest())
 		}
-		return s.db.query(ctx, tx, updateGoods, pq.Array(ids), pq.Array(names), pq.Array(descriptions))
-	})
-}
-
-func (s *service) remove(w http.ResponseWriter, r *http.Request) error {
-	in, err := readInput(w, r)
+	}
+	if len(index) == 0 {
+		return nil
+	}
+	rows, err := s.db.query(tx, findKeys, projects, keys, digests)
 	if err != nil {
 		return err
 	}
-	q := in.target()
-	if err := in.fault(); err != nil {
-		return err
-	}
-	g, err := s.removes.do(r.Context(), q)
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusOK, struct {
-		ID         int32 `json:"id"`
-		CampaignID int32 `json:"campaignId"`
-		Removed    bool  `json:"removed"`
-	}{g.ID, g.ProjectID, g.Removed})
-}
-
-const removeGoods = `
-UPDATE goods
-SET removed = true
-WHERE id = ANY ($1)
-RETURNING ` + goodColumns
-
-func (s *service) removeGoods(ctx context.Context, targets []target) ([]result[good], error) {
-	return s.edit(ctx, targets, func(tx *sql.Tx, turn []int) (*sql.Rows, error) {
-		ids := make([]int32, len(turn))
-		for i, n := range turn {
-			ids[i] = targets[n].id
+	defer rows.Close()
+	for rows.Next() {
+		var n int
+		var same bool
+		var g good
+		if err := rows.Scan(append([]any{&n, &same}, g.fields()...)...); err != nil {
+			return err
 		}
-		return s.db.query(ctx, tx, removeGoods, pq.Array(ids))
-	})
+		if same {
+			results[index[n]].answer = createResult{g, true}
+		} else {
+			results[index[n]].err = errKeyReused
+		}
+	}
+	return rows.Err()
 }
 
-// Goods are always locked in the order of their ids, here and in a move, so
+// editRequest changes one good.
+type editRequest struct {
+	id, projectID int32
+	name          string  // empty leaves it
+	description   *string // nil leaves it
+	remove        bool
+}
+
+func (q editRequest) apart() any { return q.id }
+
+// edit returns the good as it has become.
+func (s *service) edit(ctx context.Context, q editRequest) (good, error) { return s.edits.do(ctx, q) }
+
+// Rows are always locked in the order of their ids, here and in a move, so
 // that transactions wait for each other in one direction only.
 const lockGoods = `
-SELECT ` + goodColumns + `
-FROM goods
-WHERE id = ANY ($1)
-ORDER BY id
-FOR UPDATE`
+WITH request AS (
+    SELECT *
+    FROM unnest($1::integer[], $2::integer[], $3::text[], $4::text[], $5::boolean[], $6::boolean[])
+        AS r (id, project_id, name, description, describe, remove)
+), locked AS MATERIALIZED (
+    SELECT g.id
+    FROM goods AS g
+    JOIN request AS r ON r.id = g.id AND r.project_id = g.project_id
+    WHERE NOT g.removed
+    ORDER BY g.id
+    FOR UPDATE OF g`
 
-// edit locks the targets, and has apply change them in one transaction. A good
-// that is named more than once is changed in as many turns: apply gets the
-// indexes of targets for one turn and returns the changed rows.
-func (s *service) edit(ctx context.Context, targets []target, apply func(tx *sql.Tx, turn []int) (*sql.Rows, error)) ([]result[good], error) {
-	ids := make([]int32, len(targets))
-	left := make([]int, len(targets))
-	for i, t := range targets {
-		ids[i], left[i] = t.id, i
+const changeGoods = `
+)
+UPDATE goods AS g
+SET name = coalesce(nullif(r.name, ''), g.name),
+    description = CASE WHEN r.describe THEN r.description ELSE g.description END,
+    removed = r.remove,
+    version = g.version + 1
+FROM locked
+JOIN request AS r ON r.id = locked.id
+WHERE g.id = locked.id
+RETURNING ` + goodColumns
+
+// In company, nobody waits for a good that another transaction has locked:
+// what is not found may be that, and is tried alone.
+const (
+	editGood  = lockGoods + changeGoods
+	editGoods = lockGoods + ` SKIP LOCKED` + changeGoods
+)
+
+func (s *service) editAll(requests []editRequest) ([]result[good], error) {
+	var ids, projects pq.Int32Array
+	var names, descriptions pq.StringArray
+	var describe, remove pq.BoolArray
+	for _, q := range requests {
+		description := ""
+		if q.description != nil {
+			description = *q.description
+		}
+		ids, projects, names, descriptions = append(ids, q.id), append(projects, q.projectID), append(names, q.name), append(descriptions, description)
+		describe, remove = append(describe, q.description != nil), append(remove, q.remove)
 	}
-	results := make([]result[good], len(targets))
-	err := s.write(ctx, s.db, func(tx *sql.Tx) ([]int, error) {
-		// In company, nobody waits for a good that somebody else has locked:
-		// what is not found may be that, and is looked for alone.
-		lock, notFound := lockGoods, errGoodNotFound
-		if len(targets) > 1 {
-			lock, notFound = lockGoods+` SKIP LOCKED`, errTryAlone
+	query, notFound := editGood, error(errGoodNotFound)
+	if len(requests) > 1 {
+		query, notFound = editGoods, errTryAlone
+	}
+	var goods []good
+	err := s.write(func(tx *sql.Tx) (err error) {
+		rows, err := s.db.query(tx, query, ids, projects, names, descriptions, describe, remove)
+		if goods, err = scanGoods(rows, err); err != nil {
+			return fmt.Errorf("edit goods: %w", err)
 		}
-		goods, err := scanGoods(s.db.query(ctx, tx, lock, pq.Array(ids)))
-		if err != nil {
-			return nil, fmt.Errorf("lock goods: %w", err)
-		}
-		locked := make(map[int32]good, len(goods))
-		for _, g := range goods {
-			locked[g.ID] = g
-		}
-		var positions []int
-		for len(left) > 0 {
-			var turn, later []int
-			named := map[int32]bool{}
-			for _, i := range left {
-				t := targets[i]
-				if g, ok := locked[t.id]; !ok {
-					results[i].err = notFound
-				} else if g.ProjectID != t.projectID || g.Removed {
-					results[i].err = errGoodNotFound
-				} else if named[t.id] {
-					later = append(later, i)
-				} else {
-					named[t.id] = true
-					turn = append(turn, i)
-				}
-			}
-			if len(turn) == 0 {
-				break
-			}
-			changed, err := scanGoods(apply(tx, turn))
-			if err != nil {
-				return nil, fmt.Errorf("change goods: %w", err)
-			}
-			if len(changed) != len(turn) {
-				return nil, fmt.Errorf("changed %d of %d goods", len(changed), len(turn))
-			}
-			for _, g := range changed {
-				locked[g.ID] = g
-				positions = append(positions, int(g.Priority))
-			}
-			for _, i := range turn {
-				results[i].answer = locked[targets[i].id]
-			}
-			left = later
-		}
-		return positions, nil
+		return nil
 	})
-	return results, err
+	if err != nil {
+		return nil, err
+	}
+	changed := make(map[int32]good, len(goods))
+	for _, g := range goods {
+		changed[g.ID] = g
+	}
+	results := make([]result[good], len(requests))
+	for i, q := range requests {
+		var ok bool
+		if results[i].answer, ok = changed[q.id]; !ok {
+			results[i].err = notFound
+		}
+	}
+	s.cache.replace(goods)
+	return results, nil
 }

@@ -3,185 +3,191 @@ package main
 import (
 	"context"
 	"fmt"
-	"net/http"
+	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/lib/pq"
 )
 
 const (
 	maxLimit = 1000
-	// maxRead bounds the goods, and so the memory, of one exchange with the stores.
-	maxRead = maxLimit
+	// maxRead limits the goods, and so the memory, of one exchange with the stores.
+	maxRead = 1000
 )
 
+// listRequest asks for limit goods from the position offset on; both are at
+// least 1.
 type listRequest struct {
-	limit  int
-	offset int // the position of the first good, from 1
+	limit, offset int32
 }
 
-func (s *service) list(w http.ResponseWriter, r *http.Request) error {
-	in, err := readInput(w, r)
-	if err != nil {
-		return err
-	}
-	q := listRequest{in.numberOr("limit", 10, maxLimit), in.numberOr("offset", 1, maxInt32)}
-	if err := in.fault(); err != nil {
-		return err
-	}
-	page, err := s.lists.do(r.Context(), q)
-	if err != nil {
-		return err
-	}
-	writeBody(w, http.StatusOK, page)
-	return nil
-}
+// list returns the reply's JSON, which nobody may change.
+func (s *service) list(ctx context.Context, q listRequest) ([]byte, error) { return s.lists.do(ctx, q) }
 
-// readPages answers a batch of lists with their replies. Equal requests share
-// one, which nobody may change.
-func (s *service) readPages(ctx context.Context, requests []listRequest) ([]result[[]byte], error) {
+// readPages answers a batch of lists. Equal requests share one reply.
+func (s *service) readPages(requests []listRequest) ([]result[[]byte], error) {
+	replies := map[listRequest][]byte{}
+	var pages []listRequest
+	size := int32(0)
+	for i, q := range requests {
+		if _, ok := replies[q]; !ok {
+			replies[q] = nil
+			pages = append(pages, q)
+			size += q.limit
+		}
+		if last := i == len(requests)-1; last || size+requests[i+1].limit > maxRead {
+			if err := s.readTogether(pages, replies); err != nil {
+				return nil, err
+			}
+			pages, size = nil, 0
+		}
+	}
 	results := make([]result[[]byte], len(requests))
-	for begin := 0; begin < len(requests); {
-		end, size := begin+1, requests[begin].limit
-		for end < len(requests) && size+requests[end].limit <= maxRead {
-			size += requests[end].limit
-			end++
-		}
-		if err := s.readTogether(ctx, requests[begin:end], results[begin:end]); err != nil {
-			return nil, err
-		}
-		begin = end
+	for i, q := range requests {
+		results[i].answer = replies[q]
 	}
 	return results, nil
 }
 
-const readMeta = `
-SELECT total, removed, cache_epoch
-FROM meta`
-
-// readTogether reads the counts from Postgres and the goods of all pages from
-// Redis, at the same time, and then what was missing from Postgres.
-func (s *service) readTogether(ctx context.Context, requests []listRequest, results []result[[]byte]) error {
-	pages := make(map[listRequest]int, len(requests)) // to where its positions begin
-	var positions []int
-	for _, q := range requests {
-		if _, ok := pages[q]; ok {
-			continue
-		}
-		pages[q] = len(positions)
-		for p := q.offset; p < q.offset+q.limit; p++ {
-			positions = append(positions, p)
-		}
-	}
-	guess := s.cache.epoch.Load()
-	receive := s.cache.read(ctx, guess, positions)
-	var total, removed, epoch int64
-	err := s.db.queryRow(ctx, nil, readMeta, nil, &total, &removed, &epoch)
-	values, cacheErr := receive()
+// readTogether puts the replies of pages into replies. Each reply is one
+// moment of the whole list: meta and the versions come from one statement, and
+// a version never changes. A page with a good that is not cached is read
+// again, whole, in one statement of its own.
+func (s *service) readTogether(pages []listRequest, replies map[listRequest][]byte) error {
+	v, err := s.readVersions(pages)
 	if err != nil {
-		return fmt.Errorf("read meta: %w", err)
+		return fmt.Errorf("read versions: %w", err)
 	}
-	if epoch != guess {
-		s.cache.epoch.Store(epoch)
-		values, cacheErr = s.cache.read(ctx, epoch, positions)()
-	}
-	useCache := cacheErr == nil && s.doubtAt.Load() == 0
-	if !useCache {
-		values = make([][]byte, len(positions))
-	}
-	if err := s.fillGaps(ctx, epoch, total, positions, values, useCache); err != nil {
-		return err
-	}
-	replies := make(map[listRequest][]byte, len(pages))
-	for i, q := range requests {
-		if replies[q] == nil {
-			replies[q] = pageJSON(q, total, removed, values[pages[q]:][:q.limit])
+	v.goods = s.cache.get(v.keys)
+	var rest []listRequest
+	for _, q := range pages {
+		if goods := v.page(q); slices.ContainsFunc(goods, isMissing) {
+			rest = append(rest, q)
+		} else {
+			replies[q] = pageJSON(q, v, goods)
 		}
-		results[i].answer = replies[q]
 	}
+	if len(rest) == 0 {
+		return nil
+	}
+	if v, err = s.readWhole(rest); err != nil {
+		return fmt.Errorf("read goods: %w", err)
+	}
+	for _, q := range rest {
+		replies[q] = pageJSON(q, v, v.page(q))
+	}
+	s.cache.put(v.keys, v.goods)
 	return nil
 }
 
-// pageJSON puts the reply together. Places without a good are left out.
-func pageJSON(q listRequest, total, removed int64, goods [][]byte) []byte {
+func isMissing(good []byte) bool { return good == nil }
+
+// view is a moment of the list: all goods at some positions.
+type view struct {
+	total, removed int64
+	positions      pq.Int32Array // in order, also past the end
+	keys           []key         // of the positions up to the end
+	goods          [][]byte      // their JSON, nil where it is missing
+}
+
+func newView(pages []listRequest) *view {
+	v := &view{}
+	for _, q := range pages {
+		for n := range q.limit {
+			v.positions = append(v.positions, q.offset+n)
+		}
+	}
+	if len(pages) > 1 {
+		slices.Sort(v.positions)
+		v.positions = slices.Compact(v.positions)
+	}
+	return v
+}
+
+func (v *view) page(q listRequest) [][]byte {
+	begin, _ := slices.BinarySearch(v.positions, q.offset)
+	return v.goods[min(begin, len(v.goods)):min(begin+int(q.limit), len(v.goods))]
+}
+
+// = ANY keeps its plan; a range would fall to a sequential scan once the plan
+// is a generic one.
+const readVersions = `
+SELECT m.total, m.removed, ARRAY(
+    SELECT g.id::bigint << 32 | g.version
+    FROM goods AS g
+    WHERE g.priority = ANY ($1)
+    ORDER BY g.priority)
+FROM meta AS m`
+
+// readVersions reads what stands at the positions of pages.
+func (s *service) readVersions(pages []listRequest) (*view, error) {
+	v := newView(pages)
+	var array []byte
+	if err := s.db.queryRow(nil, readVersions, []any{v.positions}, &v.total, &v.removed, &array); err != nil {
+		return nil, err
+	}
+	if len(array) <= len("{}") {
+		return v, nil
+	}
+	for text := range strings.SplitSeq(string(array[1:len(array)-1]), ",") {
+		k, err := strconv.ParseInt(text, 10, 64)
+		if err != nil {
+			return nil, err
+		}
+		v.keys = append(v.keys, key(k))
+	}
+	return v, nil
+}
+
+const readGoods = `
+SELECT m.total, m.removed, ` + goodColumns + `
+FROM meta AS m, goods AS g
+WHERE g.priority = ANY ($1)
+ORDER BY g.priority`
+
+// readWhole reads the goods of pages that are not empty.
+func (s *service) readWhole(pages []listRequest) (*view, error) {
+	v := newView(pages)
+	rows, err := s.db.query(nil, readGoods, v.positions)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var g good
+		if err := rows.Scan(append([]any{&v.total, &v.removed}, g.fields()...)...); err != nil {
+			return nil, err
+		}
+		text, err := encodeJSON(&g)
+		if err != nil {
+			return nil, err
+		}
+		v.keys, v.goods = append(v.keys, newKey(g.ID, g.version)), append(v.goods, text)
+	}
+	return v, rows.Err()
+}
+
+// pageJSON puts a reply together.
+func pageJSON(q listRequest, v *view, goods [][]byte) []byte {
 	size := 128 // for the rest
 	for _, g := range goods {
 		size += len(g) + 1
 	}
 	b := append(make([]byte, 0, size), `{"meta":{"total":`...)
-	b = strconv.AppendInt(b, total, 10)
+	b = strconv.AppendInt(b, v.total, 10)
 	b = append(b, `,"removed":`...)
-	b = strconv.AppendInt(b, removed, 10)
+	b = strconv.AppendInt(b, v.removed, 10)
 	b = append(b, `,"limit":`...)
 	b = strconv.AppendInt(b, int64(q.limit), 10)
 	b = append(b, `,"offset":`...)
 	b = strconv.AppendInt(b, int64(q.offset), 10)
 	b = append(b, `},"goods":[`...)
-	empty := len(b)
-	for _, g := range goods {
-		if g != nil && len(b) > empty {
+	for i, g := range goods {
+		if i > 0 {
 			b = append(b, ',')
 		}
 		b = append(b, g...)
 	}
 	return append(b, "]}\n"...)
-}
-
-const readGoods = `
-SELECT ` + goodColumns + `
-FROM goods
-WHERE priority = ANY ($1)`
-
-// fillGaps replaces each value that is not a good by the good that Postgres
-// has at its position, up to the last position, and caches it where the lease
-// allows.
-func (s *service) fillGaps(ctx context.Context, epoch, last int64, positions []int, values [][]byte, useCache bool) error {
-	var missing, free []int // positions to read; those of them that nobody holds a lease on
-	hits := 0
-	for i, p := range positions {
-		switch {
-		case int64(p) > last:
-			values[i] = nil
-		case isGood(values[i]):
-			hits++
-		default:
-			missing = append(missing, p)
-			if values[i] == nil {
-				free = append(free, p)
-			}
-			values[i] = nil
-		}
-	}
-	if useCache {
-		s.counts.cacheMisses.Add(int64(len(missing)))
-		s.counts.cacheHits.Add(int64(hits))
-	}
-	if len(missing) == 0 {
-		return nil
-	}
-	var l lease
-	if useCache {
-		l, _ = s.cache.lease(ctx, epoch, free) // without it, nothing is filled
-	}
-	goods, err := scanGoods(s.db.query(ctx, nil, readGoods, pq.Array(missing)))
-	if err != nil {
-		return fmt.Errorf("read goods: %w", err)
-	}
-	encoded := make(map[int][]byte, len(goods))
-	for _, g := range goods {
-		b, err := encodeJSON(g)
-		if err != nil {
-			return err
-		}
-		encoded[int(g.Priority)] = b
-	}
-	for i, p := range positions {
-		if values[i] == nil {
-			values[i] = encoded[p]
-		}
-	}
-	if len(l.positions) > 0 {
-		_ = s.cache.fill(ctx, l, encoded) // the next list tries again
-	}
-	return nil
 }

@@ -10,26 +10,27 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
-	_ "embed"
-
 	"github.com/ClickHouse/clickhouse-go/v2"
-	"github.com/lib/pq"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
 
 const (
-	slowLimit     = time.Minute            // for a statement of a long move
-	startPatience = time.Minute            // for Postgres to answer at the start
-	unreadyFirst  = 500 * time.Millisecond // between a 503 on /readyz and the end of listening
-	stopPatience  = 8 * time.Second        // for the requests in flight at the end
+	statementTimeout = 3500 * time.Millisecond // for what a request does in Postgres
+	startTimeout     = time.Minute             // for Postgres to answer at the start
+	drainDelay       = 500 * time.Millisecond  // between a 503 on /readyz and the end of listening
+	shutdownTimeout  = 10 * time.Second        // for the requests in flight
 )
+
+// version is set by the linker; a plain go build has what Go knows of it.
+var version = ""
 
 func main() {
 	if os.Getenv("GOGC") == "" {
@@ -37,8 +38,7 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout)
-	if err != nil {
+	if err := run(ctx, os.Args[1:], os.Getenv, os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, "goods:", err)
 		os.Exit(1)
 	}
@@ -53,7 +53,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 		usage(stdout)
 		return nil
 	case "version", "-version", "--version":
-		fmt.Fprintln(stdout, version())
+		fmt.Fprintln(stdout, versionText())
 		return nil
 	}
 	cfg, err := readConfig(getenv)
@@ -65,26 +65,21 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	case "":
 		return serve(ctx, cfg, log)
 	case "healthcheck":
-		return healthcheck(ctx, cfg)
+		return healthcheck(ctx, cfg.addr)
 	case "migrate postgres":
-		err := preparePostgres(ctx, cfg, log)
-		if err == nil {
-			fmt.Fprintln(stdout, "postgres is up to date")
-		}
-		return err
+		err = preparePostgres(ctx, cfg, log)
 	case "migrate clickhouse":
-		conn, err := openClickHouse(cfg)
-		if err != nil {
-			return err
+		var ch clickhouse.Conn
+		if ch, err = openClickHouse(cfg); err == nil {
+			err = migrateClickHouse(ctx, ch, migrations, log)
 		}
-		defer conn.Close()
-		err = migrateClickHouse(ctx, conn, migrations, log)
-		if err == nil {
-			fmt.Fprintln(stdout, "clickhouse is up to date")
-		}
-		return err
+	default:
+		return fmt.Errorf("unknown command %q: see goods -h", command)
 	}
-	return fmt.Errorf("unknown command %q: see goods -h", command)
+	if err == nil {
+		fmt.Fprintln(stdout, strings.TrimPrefix(command, "migrate "), "is up to date")
+	}
+	return err
 }
 
 // newLog writes text to a terminal and JSON to everything else.
@@ -98,24 +93,27 @@ func newLog(w io.Writer, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(w, options))
 }
 
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "goods (unknown version)"
-	}
-	text := "goods " + info.Main.Version
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" {
-			text += " " + s.Value
+// versionText is the program's version, its revision and Go's version.
+func versionText() string {
+	text, revision := version, ""
+	if info, ok := debug.ReadBuildInfo(); ok {
+		if text == "" {
+			text = info.Main.Version
+		}
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				revision = s.Value + " "
+			}
 		}
 	}
-	return text + " " + info.GoVersion
+	return "goods " + text + " " + revision + runtime.Version()
 }
 
-func healthcheck(ctx context.Context, cfg *config) error {
+// healthcheck succeeds if the service that listens on addr is up.
+func healthcheck(ctx context.Context, addr string) error {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
-	host, port, _ := net.SplitHostPort(cfg.addr)
+	host, port, _ := net.SplitHostPort(addr)
 	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
 		host = "localhost"
 	}
@@ -136,31 +134,20 @@ func healthcheck(ctx context.Context, cfg *config) error {
 
 // preparePostgres waits for the server and applies its migrations.
 func preparePostgres(ctx context.Context, cfg *config, log *slog.Logger) error {
-	db, err := openPostgres(cfg.postgres, answerWithin)
+	db, err := openPostgres(cfg.postgres, 1, statementTimeout)
 	if err != nil {
 		return err
 	}
-	defer closeSoon(db)
-	if err := awaitPostgres(ctx, db, startPatience, log); err != nil {
-		server, _ := pq.NewConfig(cfg.postgres)
-		return fmt.Errorf("POSTGRES_URL: %s:%d/%s: %w", server.Host, server.Port, server.Database, err)
+	defer db.Close()
+	if err := awaitPostgres(ctx, db, startTimeout, log); err != nil {
+		return fmt.Errorf("POSTGRES_URL: %w", err)
 	}
-	patient, err := openPostgres(cfg.postgres, time.Hour) // a migration may take its time
+	patient, err := openPostgres(cfg.postgres, 1, time.Hour) // a migration may take its time
 	if err != nil {
 		return err
 	}
-	defer closeSoon(patient)
-	return migratePostgres(ctx, patient, migrations, log)
-}
-
-// closeSoon closes c, but does not wait long for a server that is frozen.
-func closeSoon(c io.Closer) {
-	done := make(chan struct{})
-	go func() { _ = c.Close(); close(done) }()
-	select {
-	case <-done:
-	case <-time.After(time.Second):
-	}
+	defer patient.Close()
+	return migratePostgres(patient, migrations, log)
 }
 
 // openNATS returns a connection that is made, and made again, in the
@@ -188,38 +175,25 @@ func openClickHouse(cfg *config) (clickhouse.Conn, error) {
 	return clickhouse.Open(&options)
 }
 
-// serve runs the service until ctx ends, and then ends it in order: new
-// requests are turned away, those in flight are answered, and what moves
-// events stops where it is; the next start goes on from there.
+// serve runs the service until ctx ends. It listens once Postgres is migrated.
+// At the end the requests in flight are answered; what moves events just
+// stops where it is, as in a crash, and the next start goes on from there.
 func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
-	listener, err := net.Listen("tcp", cfg.addr)
-	if err != nil {
-		return fmt.Errorf("HTTP_ADDR: %w", err)
-	}
-	defer listener.Close()
 	if err := preparePostgres(ctx, cfg, log); err != nil {
 		return err
 	}
-	db, err := openPostgres(cfg.postgres, answerWithin)
+	db, err := openPostgres(cfg.postgres, 16, statementTimeout)
 	if err != nil {
 		return err
 	}
-	defer closeSoon(db)
-	slow, err := openPostgres(cfg.postgres, slowLimit)
+	loose, err := openPostgres(cfg.postgres, 4, eventTimeout, "synchronous_commit", "off")
 	if err != nil {
 		return err
 	}
-	defer closeSoon(slow)
-	loose, err := openPostgres(cfg.postgres, eventTimeout, "synchronous_commit=off")
-	if err != nil {
-		return err
-	}
-	defer closeSoon(loose)
 	nc, err := openNATS(cfg.nats, log)
 	if err != nil {
 		return fmt.Errorf("NATS_URL: %w", err)
 	}
-	defer nc.Close()
 	js, err := jetstream.New(nc, jetstream.WithPublishAsyncTimeout(natsTimeout))
 	if err != nil {
 		return err
@@ -228,51 +202,35 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("CLICKHOUSE_URL: %w", err)
 	}
-	defer closeSoon(ch)
+	listener, err := net.Listen("tcp", cfg.addr)
+	if err != nil {
+		return fmt.Errorf("HTTP_ADDR: %w", err)
+	}
 
 	counts := newMetrics(db)
-	health := newHealth(log)
+	cache := newCache(cfg.redis, cfg.namespace, counts)
 	events := &pipeline{
 		db: loose, nats: nc, js: js, clickhouse: ch,
-		stream: strings.ToUpper(cfg.namespace), replicas: cfg.natsReplicas, batch: cfg.eventsBatch,
-		log: log, counts: counts, natsUp: health.nats, chUp: health.clickhouse,
-		nudge: make(chan struct{}, 1),
+		namespace: cfg.namespace, replicas: cfg.natsReplicas, batch: cfg.eventsBatch,
+		log: log, counts: counts, nudge: make(chan struct{}, 1),
 	}
-	s := &service{
-		db: db, slow: slow, wake: events.wake, log: log, counts: counts, health: health,
-	}
-	s.cache = newCache(cfg.redis, cfg.namespace, s.raiseEpoch, health.redis, counts)
-	// Whoever served before may have died between a commit and its cache.
-	if err := s.raiseEpoch(ctx); err != nil {
-		return err
-	}
-	s.start()
-	defer s.close()
-
+	s := newService(db, cache, events.wake, counts, log)
+	health := newHealth(log, map[string]func(context.Context) error{
+		"postgres":   counts.pingPostgres,
+		"redis":      func(context.Context) error { return cache.ping() },
+		"nats":       events.pingNATS,
+		"clickhouse": events.pingClickHouse,
+	})
 	background, stop := context.WithCancel(context.Background())
-	var tasks sync.WaitGroup
-	defer tasks.Wait()
 	defer stop()
-	tasks.Go(func() { events.relay(background) })
-	tasks.Go(func() { events.drain(background) })
-	watch := func(d *dependency, ping func(context.Context) error) {
-		tasks.Go(func() {
-			every(background, time.Second, func(ctx context.Context) {
-				if err := ping(ctx); background.Err() == nil {
-					d.report("ping", err)
-				}
-			})
-		})
-	}
-	watch(health.postgres, func(ctx context.Context) error { return ping(ctx, db) })
-	watch(health.redis, s.cache.ping)
-	watch(health.nats, nc.FlushWithContext)
-	watch(health.clickhouse, ch.Ping)
-	tasks.Go(func() { every(background, time.Second, s.settleDoubt) })
-	tasks.Go(func() { every(background, 5*time.Second, func(ctx context.Context) { counts.sample(ctx, events) }) })
+	go events.relay(background)
+	go events.drain(background)
+	health.watch(background)
 
+	var closing atomic.Bool
+	handler := (&api{s, health, counts, &closing, log}).routes()
 	server := &http.Server{
-		Handler:                      s.newHandler(s.routes()),
+		Handler:                      handler,
 		ReadHeaderTimeout:            5 * time.Second,
 		ReadTimeout:                  10 * time.Second,
 		WriteTimeout:                 30 * time.Second,
@@ -281,66 +239,28 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		DisableGeneralOptionsHandler: true,
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
-	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(listener) }()
-	log.Info("listening", "addr", listener.Addr().String(), "version", version())
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	log.Info("listening", "addr", listener.Addr().String(), "version", versionText())
 	select {
-	case err := <-failed:
+	case err := <-served:
 		return err
 	case <-ctx.Done():
 	}
 	log.Info("shutting down")
-	s.closing.Store(true)
-	pause(background, unreadyFirst)
-	last, cancel := context.WithTimeout(context.Background(), stopPatience)
+	closing.Store(true)
+	pause(background, drainDelay)
+	last, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 	defer cancel()
-	if err := server.Shutdown(last); err != nil {
+	err = server.Shutdown(last)
+	// A connection that was accepted while Shutdown looked is known once Serve
+	// has returned: the second call waits for it, too.
+	<-served
+	if err == nil {
+		err = server.Shutdown(last)
+	}
+	if err != nil {
 		log.Warn("requests were still in flight at the end", "err", err)
-		server.Close()
 	}
 	return nil
-}
-
-// every calls f at once and then again after each interval, until ctx ends.
-// A call has no longer than the interval.
-func every(ctx context.Context, interval time.Duration, f func(ctx context.Context)) {
-	for ctx.Err() == nil {
-		limited, cancel := context.WithTimeout(ctx, interval)
-		f(limited)
-		cancel()
-		pause(ctx, interval)
-	}
-}
-
-//go:embed openapi.yaml
-var openAPI []byte
-
-// routes are the API, in its order.
-func (s *service) routes() []route {
-	return []route{
-		{http.MethodPost, "/goods/create", s.create},
-		{http.MethodPatch, "/goods/update", s.update},
-		{http.MethodPatch, "/goods/reprioritize", s.reprioritize},
-		{http.MethodDelete, "/goods/remove", s.remove},
-		{http.MethodGet, "/goods/list", s.list},
-		{http.MethodGet, "/healthz", func(w http.ResponseWriter, r *http.Request) error {
-			return writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
-		}},
-		{http.MethodGet, "/readyz", func(w http.ResponseWriter, r *http.Request) error {
-			status := http.StatusOK
-			if s.closing.Load() || !s.health.postgres.up() {
-				status = http.StatusServiceUnavailable
-			}
-			return writeJSON(w, status, s.health)
-		}},
-		{http.MethodGet, "/metrics", func(w http.ResponseWriter, r *http.Request) error {
-			w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-			return s.counts.write(w, s.health)
-		}},
-		{http.MethodGet, "/openapi.yaml", func(w http.ResponseWriter, r *http.Request) error {
-			w.Header().Set("Content-Type", "application/yaml")
-			_, err := w.Write(openAPI)
-			return err
-		}},
-	}
 }

@@ -5,39 +5,87 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
+	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
-// metrics counts what the service does, for /metrics. Writing it asks nothing
-// of any server: what they know is sampled in the background.
-type metrics struct {
-	db *database
+// dependencies are the four servers, in the order in which /readyz names them.
+var dependencies = []string{"postgres", "redis", "nats", "clickhouse"}
 
-	cacheHits, cacheMisses, cacheRefused, cacheErrors atomic.Int64
-	published, requeued, thrownAway                   atomic.Int64
-	inserted, batches, insertFailures                 atomic.Int64
-	outboxRows, outboxAge, backlog                    atomic.Int64 // sampled; the age in milliseconds
+// pingEvery is how often each server is tried; it is up while the last success
+// is less than downAfter ago.
+const pingEvery, downAfter = time.Second, 3 * time.Second
 
-	mu         sync.Mutex // guards the maps, not what is in them
-	routes     map[string]*routeMetrics
-	batchSizes map[string]*histogram
+var started = time.Now()
+
+// health is the state of the four servers.
+type health struct {
+	log    *slog.Logger
+	pings  map[string]func(context.Context) error
+	lastOK map[string]*atomic.Int64 // in Unix nanoseconds
 }
 
-func newMetrics(db *database) *metrics {
-	return &metrics{db: db, routes: map[string]*routeMetrics{}, batchSizes: map[string]*histogram{}}
+func newHealth(log *slog.Logger, pings map[string]func(context.Context) error) *health {
+	h := &health{log: log, pings: pings, lastOK: map[string]*atomic.Int64{}}
+	for _, name := range dependencies {
+		h.lastOK[name] = new(atomic.Int64)
+	}
+	return h
 }
 
-// histogram counts observations by their upper bounds. It may be used
-// concurrently.
+// watch tries each server until ctx ends, and logs when one goes or comes back.
+func (h *health) watch(ctx context.Context) {
+	for name, ping := range h.pings {
+		go func() {
+			for failing := false; ctx.Err() == nil; pause(ctx, pingEvery) {
+				limited, cancel := context.WithTimeout(ctx, downAfter)
+				err := ping(limited)
+				cancel()
+				if err == nil {
+					h.lastOK[name].Store(time.Now().UnixNano())
+				}
+				if was := failing; was != (err != nil) {
+					failing = !was
+					if failing {
+						h.log.Warn("dependency is down", "name", name, "err", err)
+					} else {
+						h.log.Info("dependency is up again", "name", name)
+					}
+				}
+			}
+		}()
+	}
+}
+
+func (h *health) up(name string) bool {
+	return time.Since(time.Unix(0, h.lastOK[name].Load())) < downAfter
+}
+
+// MarshalJSON has one field a server, "up" or "down".
+func (h *health) MarshalJSON() ([]byte, error) {
+	var b bytes.Buffer
+	for _, name := range dependencies {
+		state := "down"
+		if h.up(name) {
+			state = "up"
+		}
+		fmt.Fprintf(&b, ",%q:%q", name, state)
+	}
+	return append(append([]byte{'{'}, b.Bytes()[1:]...), '}'), nil
+}
+
+// histogram counts observations by their upper bounds.
 type histogram struct {
 	bounds []float64
-	mu     sync.Mutex
-	counts []int64 // by bound, and past the last one
+	mu     sync.Mutex // guards what follows
+	counts []int64    // by bound, and past the last one
 	sum    float64
 }
 
@@ -48,137 +96,149 @@ func newHistogram(bounds ...float64) *histogram {
 func (h *histogram) observe(v float64) {
 	i, _ := slices.BinarySearch(h.bounds, v)
 	h.mu.Lock()
+	defer h.mu.Unlock()
 	h.counts[i]++
 	h.sum += v
-	h.mu.Unlock()
 }
 
-// write prints the histogram under name, with labels such as `route="/x"`.
-func (h *histogram) write(w io.Writer, name, labels string) {
+// write prints the histogram under name, with a label such as `route="/x"`.
+func (h *histogram) write(w io.Writer, name, label string) {
 	h.mu.Lock()
-	counts, sum := slices.Clone(h.counts), h.sum
-	h.mu.Unlock()
+	defer h.mu.Unlock()
 	total := int64(0)
-	for i, bound := range h.bounds {
-		total += counts[i]
-		fmt.Fprintf(w, "%s_bucket{%s,le=\"%s\"} %d\n", name, labels, strconv.FormatFloat(bound, 'g', -1, 64), total)
+	for i, n := range h.counts {
+		total += n
+		le := "+Inf"
+		if i < len(h.bounds) {
+			le = strconv.FormatFloat(h.bounds[i], 'g', -1, 64)
+		}
+		fmt.Fprintf(w, "%s_bucket{%s,le=%q} %d\n", name, label, le, total)
 	}
-	total += counts[len(h.bounds)]
-	fmt.Fprintf(w, "%s_bucket{%s,le=\"+Inf\"} %d\n%s_sum{%s} %g\n%s_count{%s} %d\n", name, labels, total, name, labels, sum, name, labels, total)
+	fmt.Fprintf(w, "%s_sum{%s} %g\n%s_count{%s} %d\n", name, label, h.sum, name, label, total)
 }
 
 // routeMetrics counts the requests of one route.
 type routeMetrics struct {
 	latency  *histogram // seconds
-	mu       sync.Mutex
-	statuses map[int]int64
+	statuses [600]atomic.Int64
 }
 
 func (r *routeMetrics) observe(status int, took time.Duration) {
 	r.latency.observe(took.Seconds())
-	r.mu.Lock()
-	r.statuses[status]++
-	r.mu.Unlock()
+	r.statuses[status].Add(1)
+}
+
+// metrics counts what the service does, for /metrics. Writing it asks nothing
+// of any server: what they know is sampled by the pings.
+type metrics struct {
+	db *database
+
+	cacheHits, cacheMisses, cacheErrors atomic.Int64
+	published, requeued, thrownAway     atomic.Int64
+	inserted, batches, insertFailures   atomic.Int64
+	outboxRows, outboxAge, backlog      atomic.Int64 // the age in milliseconds
+
+	// Filled before the service listens, and then only read.
+	routes map[string]*routeMetrics
+	sizes  map[string]*histogram // of batches
+}
+
+func newMetrics(db *database) *metrics {
+	return &metrics{db: db, routes: map[string]*routeMetrics{}, sizes: map[string]*histogram{}}
 }
 
 func (m *metrics) route(name string) *routeMetrics {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.routes[name] == nil {
-		m.routes[name] = &routeMetrics{
-			latency:  newHistogram(.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5),
-			statuses: map[int]int64{},
-		}
-	}
+	m.routes[name] = &routeMetrics{latency: newHistogram(.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)}
 	return m.routes[name]
 }
 
 func (m *metrics) batch(name string) *histogram {
-	h := newHistogram(1, 2, 4, 8, 16, 32, 64)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.batchSizes[name] = h
-	return h
+	m.sizes[name] = newHistogram(1, 2, 4, 8, 16, 32, 64)
+	return m.sizes[name]
 }
 
-// sample asks Postgres and NATS how much is on its way.
-func (m *metrics) sample(ctx context.Context, p *pipeline) {
-	const outbox = `
-SELECT count(*), coalesce(extract(epoch FROM now() - min(event_time)) * 1000, 0)::bigint
+// The ids span as many rows as there are, or a few more: to count them would
+// take too long just when there are many.
+const sampleOutbox = `
+SELECT coalesce(max(id) - min(id) + 1, 0),
+       coalesce(extract(epoch FROM now() - (SELECT event_time FROM outbox ORDER BY id LIMIT 1)) * 1000, 0)::bigint
 FROM outbox`
+
+// pingPostgres asks what waits in the outbox.
+func (m *metrics) pingPostgres(context.Context) error {
 	var rows, age int64
-	if m.db.queryRow(ctx, nil, outbox, nil, &rows, &age) == nil {
+	err := m.db.queryRow(nil, sampleOutbox, nil, &rows, &age)
+	if err == nil {
 		m.outboxRows.Store(rows)
 		m.outboxAge.Store(age)
 	}
-	if stream, err := p.js.Stream(ctx, p.stream); err == nil {
-		m.backlog.Store(int64(stream.CachedInfo().State.Msgs))
-	}
+	return err
 }
 
 // write prints everything in Prometheus' text format.
 func (m *metrics) write(w io.Writer, h *health) error {
 	var b bytes.Buffer
 	head := func(name, kind, help string) { fmt.Fprintf(&b, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind) }
-	one := func(name, kind, help string, v float64) {
-		head(name, kind, help)
-		fmt.Fprintf(&b, "%s %s\n", name, strconv.FormatFloat(v, 'f', -1, 64))
-	}
-	m.mu.Lock()
-	routes, batches := maps.Clone(m.routes), maps.Clone(m.batchSizes)
-	m.mu.Unlock()
 	head("goods_http_requests_total", "counter", "Requests answered; status 499: the client went away.")
-	for _, name := range slices.Sorted(maps.Keys(routes)) {
-		r := routes[name]
-		r.mu.Lock()
-		for _, status := range slices.Sorted(maps.Keys(r.statuses)) {
-			fmt.Fprintf(&b, "goods_http_requests_total{route=%q,status=\"%d\"} %d\n", name, status, r.statuses[status])
+	for _, name := range slices.Sorted(maps.Keys(m.routes)) {
+		for status := range m.routes[name].statuses {
+			if n := m.routes[name].statuses[status].Load(); n > 0 {
+				fmt.Fprintf(&b, "goods_http_requests_total{route=%q,status=\"%d\"} %d\n", name, status, n)
+			}
 		}
-		r.mu.Unlock()
 	}
 	head("goods_http_request_duration_seconds", "histogram", "Time from a request's header to its reply.")
-	for _, name := range slices.Sorted(maps.Keys(routes)) {
-		routes[name].latency.write(&b, "goods_http_request_duration_seconds", fmt.Sprintf("route=%q", name))
+	for _, name := range slices.Sorted(maps.Keys(m.routes)) {
+		m.routes[name].latency.write(&b, "goods_http_request_duration_seconds", fmt.Sprintf("route=%q", name))
 	}
 	head("goods_batch_size", "histogram", "Requests that travelled together.")
-	for _, name := range slices.Sorted(maps.Keys(batches)) {
-		batches[name].write(&b, "goods_batch_size", fmt.Sprintf("batch=%q", name))
+	for _, name := range slices.Sorted(maps.Keys(m.sizes)) {
+		m.sizes[name].write(&b, "goods_batch_size", fmt.Sprintf("batch=%q", name))
 	}
-	counters := []struct {
-		name, help string
-		n          *atomic.Int64
-	}{
-		{"goods_cache_hits_total", "Goods found in Redis.", &m.cacheHits},
-		{"goods_cache_misses_total", "Goods not found in Redis.", &m.cacheMisses},
-		{"goods_cache_refused_fills_total", "Goods not cached because a write came between.", &m.cacheRefused},
-		{"goods_cache_errors_total", "Failed exchanges with Redis.", &m.cacheErrors},
-		{"goods_events_published_total", "Events acknowledged by NATS.", &m.published},
-		{"goods_events_requeued_total", "Events that NATS lost and that travel again.", &m.requeued},
-		{"goods_events_inserted_total", "Events inserted into ClickHouse, repeats among them.", &m.inserted},
-		{"goods_events_batches_total", "INSERTs into ClickHouse.", &m.batches},
-		{"goods_events_insert_failures_total", "Failed INSERTs into ClickHouse.", &m.insertFailures},
-		{"goods_events_thrown_away_total", "Messages that were no events.", &m.thrownAway},
-	}
-	for _, c := range counters {
-		one(c.name, "counter", c.help, float64(c.n.Load()))
-	}
-	one("goods_outbox_rows", "gauge", "Events that ClickHouse does not hold yet.", float64(m.outboxRows.Load()))
-	one("goods_outbox_oldest_age_seconds", "gauge", "Age of the oldest of them.", float64(m.outboxAge.Load())/1000)
-	one("goods_stream_backlog_messages", "gauge", "Messages in the NATS stream.", float64(m.backlog.Load()))
 	head("goods_dependency_up", "gauge", "Whether the server can be used, 1 or 0.")
-	for _, d := range []*dependency{h.postgres, h.redis, h.nats, h.clickhouse} {
-		up := 0
-		if d.up() {
-			up = 1
-		}
-		fmt.Fprintf(&b, "goods_dependency_up{name=%q} %d\n", d.name, up)
+	for _, name := range dependencies {
+		fmt.Fprintf(&b, "goods_dependency_up{name=%q} %d\n", name, map[bool]int{true: 1}[h.up(name)])
 	}
+	head("goods_build_info", "gauge", "The program, always 1.")
+	fmt.Fprintf(&b, "goods_build_info{version=%q,goversion=%q} 1\n", version, runtime.Version())
 	pool := m.db.Stats()
-	one("goods_postgres_connections_max", "gauge", "Most connections the pool may open.", float64(pool.MaxOpenConnections))
-	one("goods_postgres_connections_open", "gauge", "Connections of the pool.", float64(pool.OpenConnections))
-	one("goods_postgres_connections_in_use", "gauge", "Connections of the pool in use.", float64(pool.InUse))
-	one("goods_postgres_connection_waits_total", "counter", "Waits for a connection of the pool.", float64(pool.WaitCount))
-	one("goods_postgres_connection_wait_seconds_total", "counter", "Time waited for a connection of the pool.", pool.WaitDuration.Seconds())
+	var mem runtime.MemStats
+	runtime.ReadMemStats(&mem)
+	for _, v := range []struct {
+		name, help string
+		value      float64
+	}{
+		{"goods_cache_hits_total", "Goods of lists that were cached.", float64(m.cacheHits.Load())},
+		{"goods_cache_misses_total", "Goods of lists that were not cached.", float64(m.cacheMisses.Load())},
+		{"goods_cache_errors_total", "Failed exchanges with Redis.", float64(m.cacheErrors.Load())},
+		{"goods_events_published_total", "Events acknowledged by NATS.", float64(m.published.Load())},
+		{"goods_events_requeued_total", "Events that NATS lost and that travel again.", float64(m.requeued.Load())},
+		{"goods_events_inserted_total", "Events inserted into ClickHouse, repeats among them.", float64(m.inserted.Load())},
+		{"goods_events_batches_total", "INSERTs into ClickHouse.", float64(m.batches.Load())},
+		{"goods_events_insert_failures_total", "Failed INSERTs into ClickHouse.", float64(m.insertFailures.Load())},
+		{"goods_events_thrown_away_total", "Messages that were no events.", float64(m.thrownAway.Load())},
+		{"goods_outbox_rows", "Events that ClickHouse does not hold yet, and gaps between them.", float64(m.outboxRows.Load())},
+		{"goods_outbox_oldest_age_seconds", "Age of the oldest of them.", float64(m.outboxAge.Load()) / 1000},
+		{"goods_stream_backlog_messages", "Messages in the NATS stream.", float64(m.backlog.Load())},
+		{"goods_postgres_connections_max", "Most connections the pool may open.", float64(pool.MaxOpenConnections)},
+		{"goods_postgres_connections_open", "Connections of the pool.", float64(pool.OpenConnections)},
+		{"goods_postgres_connections_in_use", "Connections of the pool in use.", float64(pool.InUse)},
+		{"goods_postgres_connection_waits_total", "Waits for a connection of the pool.", float64(pool.WaitCount)},
+		{"goods_postgres_connection_wait_seconds_total", "Time waited for a connection of the pool.", pool.WaitDuration.Seconds()},
+		{"go_goroutines", "Goroutines that exist.", float64(runtime.NumGoroutine())},
+		{"go_memstats_heap_alloc_bytes", "Heap bytes in use by objects.", float64(mem.HeapAlloc)},
+		{"go_memstats_sys_bytes", "Bytes obtained from the system.", float64(mem.Sys)},
+		{"go_memstats_alloc_bytes_total", "Heap bytes allocated so far.", float64(mem.TotalAlloc)},
+		{"go_gc_cycles_total", "Garbage collections so far.", float64(mem.NumGC)},
+		{"process_start_time_seconds", "Start of the process, in Unix time.", float64(started.Unix())},
+	} {
+		kind := "gauge"
+		if strings.HasSuffix(v.name, "_total") {
+			kind = "counter"
+		}
+		head(v.name, kind, v.help)
+		fmt.Fprintf(&b, "%s %s\n", v.name, strconv.FormatFloat(v.value, 'f', -1, 64))
+	}
 	_, err := w.Write(b.Bytes())
 	return err
 }

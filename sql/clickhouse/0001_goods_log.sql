@@ -13,4 +13,4 @@ CREATE TABLE IF NOT EXISTS goods_log (
 )
 ENGINE = ReplacingMergeTree
 PARTITION BY toYYYYMM(EventTime)
-ORDER BY (ProjectId, Id, Version);
+ORDER BY (ProjectId, Id, Version)

@@ -1,14 +1,16 @@
 -- Goods, in one ordered list over all projects. A good's priority is its
 -- position in that list: priorities are exactly 1..N, without gap or repeat.
 CREATE TABLE goods (
-    id          integer     GENERATED ALWAYS AS IDENTITY,
-    project_id  integer     NOT NULL,
-    name        text        NOT NULL,
-    description text        NOT NULL DEFAULT '',
-    priority    integer     NOT NULL,
-    removed     boolean     NOT NULL DEFAULT false,
-    created_at  timestamptz NOT NULL DEFAULT now(),
-    version     integer     NOT NULL DEFAULT 1,
+    id              integer     GENERATED ALWAYS AS IDENTITY,
+    project_id      integer     NOT NULL,
+    name            text        NOT NULL,
+    description     text        NOT NULL DEFAULT '',
+    priority        integer     NOT NULL,
+    removed         boolean     NOT NULL DEFAULT false,
+    created_at      timestamptz NOT NULL DEFAULT now(),
+    version         integer     NOT NULL DEFAULT 1,
+    idempotency_key text,
+    request_digest  text, -- of the name and description that the key was first sent with
     CONSTRAINT goods_pkey PRIMARY KEY (id, project_id),
     CONSTRAINT goods_project_id_fkey FOREIGN KEY (project_id) REFERENCES campaigns (id),
     CONSTRAINT goods_name_check CHECK (char_length(name) BETWEEN 1 AND 255),
@@ -21,18 +23,17 @@ CREATE TABLE goods (
 
 CREATE INDEX goods_project_id_idx ON goods (project_id);
 CREATE INDEX goods_name_idx ON goods (name);
+CREATE UNIQUE INDEX goods_idempotency_key ON goods (project_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
 
--- Whoever changes which priorities exist, or who has them, takes this lock
--- first and holds it until the end of its transaction.
+-- Whoever changes which priorities exist, or which goods have them, takes this
+-- lock first and holds it until the end of its transaction.
 CREATE FUNCTION lock_priorities() RETURNS void
     LANGUAGE sql AS
 $$
     SELECT pg_advisory_xact_lock(hashtext('goods.priority'))
 $$;
 
--- Taken once a statement: taking it again for each row would cost as much as
--- the row itself.
-CREATE FUNCTION goods_lock_insert() RETURNS trigger
+CREATE FUNCTION goods_lock_priorities() RETURNS trigger
     LANGUAGE plpgsql AS
 $$
 BEGIN
@@ -43,39 +44,50 @@ $$;
 
 CREATE TRIGGER goods_lock_insert
     BEFORE INSERT ON goods
-    FOR EACH STATEMENT EXECUTE FUNCTION goods_lock_insert();
+    FOR EACH STATEMENT EXECUTE FUNCTION goods_lock_priorities();
 
--- A new good stands last. The function is VOLATILE (the default), so each of
--- its statements has a snapshot of its own: max() sees what was committed
--- while the lock was waited for, and the rows that the same INSERT has
--- already added.
+CREATE TRIGGER goods_lock_update
+    BEFORE UPDATE OF priority ON goods
+    FOR EACH STATEMENT EXECUTE FUNCTION goods_lock_priorities();
+
+-- A new good goes to the end. The function is VOLATILE (the default), so max()
+-- sees what was committed while the lock was waited for, and the rows that the
+-- same INSERT has already added. The service says all this itself, which is
+-- cheaper for many rows at once.
 CREATE FUNCTION goods_before_insert() RETURNS trigger
     LANGUAGE plpgsql AS
 $$
 BEGIN
     NEW.priority := (SELECT coalesce(max(priority), 0) + 1 FROM goods);
-    NEW.version := 1;
     RETURN NEW;
 END
 $$;
 
 CREATE TRIGGER goods_before_insert
     BEFORE INSERT ON goods
-    FOR EACH ROW EXECUTE FUNCTION goods_before_insert();
+    FOR EACH ROW WHEN (NEW.priority IS NULL)
+    EXECUTE FUNCTION goods_before_insert();
 
--- Each write of a row is a version of it. (id, version) names an event.
-CREATE FUNCTION goods_before_update() RETURNS trigger
+-- Each write of a row is a version of it. (id, version) names its content
+-- everywhere: in the cache, and as an event.
+CREATE FUNCTION goods_set_version() RETURNS trigger
     LANGUAGE plpgsql AS
 $$
 BEGIN
-    NEW.version := OLD.version + 1;
+    NEW.version := CASE TG_OP WHEN 'INSERT' THEN 1 ELSE OLD.version + 1 END;
     RETURN NEW;
 END
 $$;
 
-CREATE TRIGGER goods_before_update
+CREATE TRIGGER goods_insert_version
+    BEFORE INSERT ON goods
+    FOR EACH ROW WHEN (NEW.version IS DISTINCT FROM 1)
+    EXECUTE FUNCTION goods_set_version();
+
+CREATE TRIGGER goods_update_version
     BEFORE UPDATE ON goods
-    FOR EACH ROW EXECUTE FUNCTION goods_before_update();
+    FOR EACH ROW WHEN (NEW.version IS DISTINCT FROM OLD.version + 1)
+    EXECUTE FUNCTION goods_set_version();
 
 -- A deleted row would leave a gap in the priorities, and its history without
 -- an end: goods are marked as removed instead.
