@@ -14,11 +14,8 @@ import (
 )
 
 const (
-	// requestTimeout is the time after which a caller gets an error, whatever
-	// its batch is waiting for.
-	requestTimeout = 4 * time.Second
-	// batchAlone limits the requests of a batcher that are tried alone at a time.
-	batchAlone = 4
+	requestTimeout = 4 * time.Second // a caller gets an error then, whatever its batch waits for
+	batchAlone     = 4               // requests of a batcher that are tried alone at a time
 )
 
 // errTryAlone is the result of a request that a batch left undone, so that the
@@ -31,17 +28,19 @@ type result[A any] struct {
 	err    error
 }
 
+// request is what a batcher takes.
+type request interface {
+	apart() any // what no two requests of a batch may have in common, or nil
+}
+
 // batcher turns concurrent calls into one. A call that finds no batch running
 // starts one, of itself and whatever else waits; those who come meanwhile form
 // the next. Alone, a call waits for nobody; under load, dozens share a round
 // trip or a commit. A call joins only a batch that has not begun, so a read
 // sees every write that was answered before it was asked.
-type batcher[Q, A any] struct {
+type batcher[Q request, A any] struct {
 	name  string
 	limit int // requests in one batch
-	// apart returns what two requests of one batch may not have in common, or
-	// nil. A nil func keeps nothing apart.
-	apart func(Q) any
 	// run answers a batch: one result for each request, in their order, or one
 	// error for all of them. After an error or errTryAlone it is called with
 	// single requests, from several goroutines.
@@ -55,15 +54,14 @@ type batcher[Q, A any] struct {
 	running bool
 }
 
-type call[Q, A any] struct {
+type call[Q request, A any] struct {
 	request Q
 	done    chan result[A] // holds one result, so that a batch never waits for a caller
 	gone    atomic.Bool    // the caller no longer listens
 }
 
-func newBatcher[Q, A any](name string, limit int, apart func(Q) any, run func([]Q) ([]result[A], error), counts *metrics, log *slog.Logger) *batcher[Q, A] {
-	return &batcher[Q, A]{name: name, limit: limit, apart: apart, run: run,
-		sizes: counts.batch(name), log: log, alone: make(chan struct{}, batchAlone)}
+func newBatcher[Q request, A any](name string, limit int, run func([]Q) ([]result[A], error), counts *metrics, log *slog.Logger) *batcher[Q, A] {
+	return &batcher[Q, A]{name: name, limit: limit, run: run, sizes: counts.batch(name), log: log, alone: make(chan struct{}, batchAlone)}
 }
 
 // do answers one request, or fails when ctx ends or after requestTimeout. A
@@ -73,12 +71,11 @@ func (b *batcher[Q, A]) do(ctx context.Context, request Q) (answer A, err error)
 	c := &call[Q, A]{request: request, done: make(chan result[A], 1)}
 	b.mu.Lock()
 	b.waiting = append(b.waiting, c)
-	first := !b.running
-	b.running = true
-	b.mu.Unlock()
-	if first {
+	if !b.running {
+		b.running = true
 		go b.lead()
 	}
+	b.mu.Unlock()
 	late := time.NewTimer(requestTimeout) // far cheaper than a context with a timeout
 	defer late.Stop()
 	select {
@@ -106,7 +103,22 @@ func (b *batcher[Q, A]) lead() {
 		if batch == nil {
 			return
 		}
-		b.serve(batch)
+		b.sizes.observe(float64(len(batch)))
+		requests := make([]Q, len(batch))
+		for i, c := range batch {
+			requests[i] = c.request
+		}
+		results, err := b.try(requests)
+		for i, c := range batch {
+			switch {
+			case err == nil && !errors.Is(results[i].err, errTryAlone):
+				c.done <- results[i]
+			case errors.Is(err, errOutcomeUnknown):
+				c.done <- result[A]{err: err}
+			default: // a failure stays with its request, and only its own caller waits
+				go b.tryAlone(c)
+			}
+		}
 	}
 }
 
@@ -115,47 +127,17 @@ func (b *batcher[Q, A]) next() (batch []*call[Q, A]) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	taken := map[any]bool{}
-	var left []*call[Q, A]
-	for _, c := range b.waiting {
-		var key any
-		if b.apart != nil {
-			key = b.apart(c.request)
-		}
+	b.waiting = slices.DeleteFunc(b.waiting, func(c *call[Q, A]) bool {
+		key := c.request.apart()
 		if len(batch) == b.limit || key != nil && taken[key] {
-			left = append(left, c)
-			continue
+			return false
 		}
-		if key != nil {
-			taken[key] = true
-		}
+		taken[key] = true
 		batch = append(batch, c)
-	}
-	b.waiting = left
+		return true
+	})
 	b.running = batch != nil
 	return batch
-}
-
-// serve answers every call of a batch. When the batch fails as a whole, its
-// requests are tried alone, so that a failure stays with its request; and so
-// are those that the batch has left with errTryAlone. Nobody waits for these
-// but their own callers.
-func (b *batcher[Q, A]) serve(batch []*call[Q, A]) {
-	b.sizes.observe(float64(len(batch)))
-	requests := make([]Q, len(batch))
-	for i, c := range batch {
-		requests[i] = c.request
-	}
-	results, err := b.try(requests)
-	for i, c := range batch {
-		switch {
-		case err == nil && !errors.Is(results[i].err, errTryAlone):
-			c.done <- results[i]
-		case errors.Is(err, errOutcomeUnknown):
-			c.done <- result[A]{err: err}
-		default:
-			go b.tryAlone(c)
-		}
-	}
 }
 
 func (b *batcher[Q, A]) tryAlone(c *call[Q, A]) {
@@ -164,12 +146,11 @@ func (b *batcher[Q, A]) tryAlone(c *call[Q, A]) {
 	if c.gone.Load() {
 		return
 	}
-	results, err := b.try([]Q{c.request})
-	if err != nil {
+	if results, err := b.try([]Q{c.request}); err != nil {
 		c.done <- result[A]{err: err}
-		return
+	} else {
+		c.done <- results[0]
 	}
-	c.done <- results[0]
 }
 
 // try runs requests once. A panic fails them and nothing else; whether they
@@ -181,8 +162,5 @@ func (b *batcher[Q, A]) try(requests []Q) (results []result[A], err error) {
 			results, err = nil, fmt.Errorf("panic: %v: %w", p, errOutcomeUnknown)
 		}
 	}()
-	if results, err = b.run(requests); err != nil {
-		b.log.Debug("batch failed", "batch", b.name, "size", len(requests), "err", err)
-	}
-	return results, err
+	return b.run(requests)
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -17,7 +18,7 @@ const (
 	cacheLife    = 60                     // seconds that a good is kept
 	cacheTimeout = 200 * time.Millisecond // for one exchange with Redis
 	cachePause   = time.Second            // after a failure Redis is left alone
-	cacheChunk   = 100                    // goods in one command: a page of large ones takes several
+	cacheChunk   = 100                    // goods in one MGET: a page of large ones takes several
 	cacheFormat  = 1                      // of the JSON of a good: another one gets other keys
 	localLimit   = 16 << 20               // bytes of goods that the process itself holds
 )
@@ -30,14 +31,13 @@ func newKey(id, version int32) key { return key(int64(id)<<32 | int64(version)) 
 
 // cache keeps versions of goods, as the JSON that a list sends: a part in the
 // process itself, and in Redis what all replicas share. Redis is optional:
-// whatever fails there is a good that is missing here. All methods may be
-// called concurrently.
+// what fails there is a good that is missing here. All methods may be called
+// concurrently.
 type cache struct {
-	pool   *redis.Pool
-	prefix string
-	counts *metrics
-	// failedAt, in Unix nanoseconds, is when an exchange with Redis failed last.
-	failedAt atomic.Int64
+	pool     *redis.Pool
+	prefix   string
+	counts   *metrics
+	failedAt atomic.Int64 // when an exchange with Redis failed last, in Unix nanoseconds
 
 	mu      sync.Mutex // guards what follows
 	local   map[key][]byte
@@ -51,10 +51,7 @@ func newCache(url, namespace string, counts *metrics) *cache {
 	c := &cache{prefix: fmt.Sprintf("%s:%d:", namespace, cacheFormat), counts: counts}
 	c.pool = &redis.Pool{
 		Dial: func() (redis.Conn, error) {
-			return redis.DialURL(url,
-				redis.DialConnectTimeout(cacheTimeout),
-				redis.DialReadTimeout(cacheTimeout),
-				redis.DialWriteTimeout(cacheTimeout))
+			return redis.DialURL(url, redis.DialConnectTimeout(cacheTimeout), redis.DialReadTimeout(cacheTimeout), redis.DialWriteTimeout(cacheTimeout))
 		},
 		// A connection older than the last failure may lead to a server that
 		// is gone: better a new one than a failure for each of them.
@@ -74,7 +71,8 @@ func newCache(url, namespace string, counts *metrics) *cache {
 // change it.
 func (c *cache) get(keys []key) [][]byte {
 	goods := make([][]byte, len(keys))
-	var missing []int // indexes
+	var missing []int // indexes of keys
+	var commands [][]any
 	c.mu.Lock()
 	for i, k := range keys {
 		if goods[i] = c.local[k]; goods[i] == nil {
@@ -82,24 +80,29 @@ func (c *cache) get(keys []key) [][]byte {
 		}
 	}
 	c.mu.Unlock()
-	c.counts.cacheHits.Add(int64(len(keys) - len(missing)))
-	if len(missing) == 0 {
-		return goods
+	misses := len(missing)
+	for chunk := range slices.Chunk(missing, cacheChunk) {
+		var names []any
+		for _, i := range chunk {
+			names = append(names, c.name(keys[i]))
+		}
+		commands = append(commands, names)
 	}
-	asked := make([]key, len(missing))
-	for n, i := range missing {
-		asked[n] = keys[i]
-	}
-	found := 0
-	for n, good := range c.fetch(asked) {
-		if isGood(good, asked[n]) {
-			goods[missing[n]] = good
-			found++
+	replies, _ := c.do("MGET", commands)
+	for n, chunk := range replies {
+		texts, _ := redis.ByteSlices(chunk, nil)
+		for j, text := range texts {
+			if i := missing[n*cacheChunk+j]; isGood(text, keys[i]) {
+				goods[i] = text
+				misses--
+			}
 		}
 	}
-	c.keep(keys, goods)
-	c.counts.cacheHits.Add(int64(found))
-	c.counts.cacheMisses.Add(int64(len(missing) - found))
+	if len(replies) > 0 {
+		c.keep(keys, goods)
+	}
+	c.counts.cacheHits.Add(int64(len(keys) - misses))
+	c.counts.cacheMisses.Add(int64(misses))
 	return goods
 }
 
@@ -128,51 +131,23 @@ func (c *cache) keep(keys []key, goods [][]byte) {
 // put stores goods. Redis gets them in the background.
 func (c *cache) put(keys []key, goods [][]byte) {
 	c.keep(keys, goods)
-	go func() {
-		commands := make([][]any, len(keys))
-		for i, k := range keys {
-			commands[i] = []any{c.name(k), goods[i], "EX", cacheLife}
-		}
-		_, _ = c.do("SET", commands)
-	}()
-}
-
-// replace drops the versions before those of goods, which have just been
-// committed, and keeps these.
-func (c *cache) replace(goods []good) {
-	var old, keys []key
-	var texts [][]byte
-	for _, g := range goods {
-		if text, err := encodeJSON(&g); err == nil {
-			keys, texts = append(keys, newKey(g.ID, g.version)), append(texts, text)
-		}
-		old = append(old, newKey(g.ID, g.version-1))
+	commands := make([][]any, len(keys))
+	for i, k := range keys {
+		commands[i] = []any{c.name(k), goods[i], "EX", cacheLife}
 	}
-	c.keep(keys, texts)
-	c.drop(old)
+	go c.do("SET", commands)
 }
 
 // drop deletes goods from Redis in the background. Nobody asks for them any
 // more: it only frees memory early.
 func (c *cache) drop(keys []key) {
-	go func() {
-		_, _ = c.do("UNLINK", c.chunks(keys))
-	}()
-}
-
-// fetch asks Redis for goods.
-func (c *cache) fetch(keys []key) [][]byte {
-	replies, err := c.do("MGET", c.chunks(keys))
-	var goods [][]byte
-	for i := 0; i < len(replies) && err == nil; i++ {
-		var some [][]byte
-		some, err = redis.ByteSlices(replies[i], nil)
-		goods = append(goods, some...)
+	names := make([]any, len(keys))
+	for i, k := range keys {
+		names[i] = c.name(k)
 	}
-	if err != nil || len(goods) != len(keys) {
-		return nil
+	if len(names) > 0 {
+		go c.do("UNLINK", [][]any{names})
 	}
-	return goods
 }
 
 func (c *cache) name(k key) string {
@@ -181,29 +156,16 @@ func (c *cache) name(k key) string {
 	return string(strconv.AppendInt(b, int64(k&(1<<32-1)), 10))
 }
 
-// chunks are the names of keys, as the arguments of as many commands as keep
-// each of them short.
-func (c *cache) chunks(keys []key) [][]any {
-	var commands [][]any
-	for chunk := range slices.Chunk(keys, cacheChunk) {
-		names := make([]any, len(chunk))
-		for i, k := range chunk {
-			names[i] = c.name(k)
-		}
-		commands = append(commands, names)
-	}
-	return commands
-}
-
 // ping reports whether Redis takes a write, whatever went wrong a moment ago.
-func (c *cache) ping() error {
+func (c *cache) ping(context.Context) error {
 	_, err := c.exchange("SET", [][]any{{c.prefix + "ping", "", "EX", 1}})
 	return err
 }
 
-// do has Redis run a command once for each list of arguments.
+// do has Redis run a command once for each list of arguments, unless it failed
+// a moment ago.
 func (c *cache) do(command string, arguments [][]any) ([]any, error) {
-	if time.Since(time.Unix(0, c.failedAt.Load())) < cachePause {
+	if len(arguments) == 0 || time.Since(time.Unix(0, c.failedAt.Load())) < cachePause {
 		return nil, errCachePaused
 	}
 	return c.exchange(command, arguments)
@@ -211,27 +173,22 @@ func (c *cache) do(command string, arguments [][]any) ([]any, error) {
 
 func (c *cache) exchange(command string, arguments [][]any) (replies []any, err error) {
 	conn := c.pool.Get()
-	defer func() {
-		conn.Close()
-		if err != nil {
-			c.counts.cacheErrors.Add(1)
-			c.failedAt.Store(time.Now().UnixNano())
-		}
-	}()
-	for _, a := range arguments {
-		if err := conn.Send(command, a...); err != nil {
-			return nil, err
+	defer conn.Close()
+	for i := 0; i < len(arguments) && err == nil; i++ {
+		err = conn.Send(command, arguments[i]...)
+	}
+	if err == nil {
+		err = conn.Flush()
+	}
+	for len(replies) < len(arguments) && err == nil {
+		var reply any
+		if reply, err = conn.Receive(); err == nil {
+			replies = append(replies, reply)
 		}
 	}
-	if err := conn.Flush(); err != nil {
-		return nil, err
+	if err != nil {
+		c.counts.cacheErrors.Add(1)
+		c.failedAt.Store(time.Now().UnixNano())
 	}
-	for range arguments {
-		reply, err := conn.Receive()
-		if err != nil {
-			return nil, err
-		}
-		replies = append(replies, reply)
-	}
-	return replies, nil
+	return replies, err
 }

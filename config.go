@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/url"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -16,103 +17,78 @@ import (
 	"github.com/lib/pq"
 )
 
-// variables are all there is to configure. Each parse stores a valid value.
+type config struct {
+	addr, postgres, redis, nats, namespace string
+	clickhouse                             *clickhouse.Options
+	eventsBatch, natsReplicas              int
+	logLevel                               slog.Level
+}
+
+// variables are all there is to configure. Each parse stores the value, and
+// tells whether it is valid. The complaint never quotes it: it may hold a password.
 var variables = []struct {
-	name, fallback, help string
-	parse                func(c *config, value string) error
+	name, fallback, help, complaint string
+	parse                           func(c *config, v string) bool
 }{
-	{"HTTP_ADDR", ":8080", "address to listen on, host:port", func(c *config, v string) error {
+	{"HTTP_ADDR", ":8080", "address to listen on, host:port", "is not an address such as :8080, with a port up to 65535", func(c *config, v string) bool {
 		c.addr = v
 		_, port, err := net.SplitHostPort(v)
-		if n, e := strconv.Atoi(port); err != nil || e != nil || n < 0 || n > 65535 {
-			return errors.New("is not an address such as :8080, with a port up to 65535")
-		}
-		return nil
+		_, bad := strconv.ParseUint(port, 10, 16)
+		return err == nil && bad == nil
 	}},
-	{"POSTGRES_URL", "postgres://goods:goods@localhost:5432/goods?sslmode=disable", "the database of the goods", func(c *config, v string) error {
+	{"POSTGRES_URL", "postgres://goods:goods@localhost:5432/goods?sslmode=disable", "the database of the goods", "is not a usable postgres://host:port URL", func(c *config, v string) bool {
 		c.postgres = v // may name several hosts, or a socket, which no other URL can
-		if _, err := pq.NewConfig(v); err != nil || !strings.HasPrefix(v, "postgres://") && !strings.HasPrefix(v, "postgresql://") {
-			return errors.New("is not a usable postgres://host:port URL")
-		}
-		return nil
+		_, err := pq.NewConfig(v)
+		return err == nil && (strings.HasPrefix(v, "postgres://") || strings.HasPrefix(v, "postgresql://"))
 	}},
-	{"REDIS_URL", "redis://localhost:6379/0", "the cache", func(c *config, v string) error {
+	{"REDIS_URL", "redis://localhost:6379/0", "the cache", "is not a usable redis://host:port/number URL", func(c *config, v string) bool {
 		c.redis = v
-		err := validURL(v, nil, "redis", "rediss")
-		if u, _ := url.Parse(v); err == nil && strings.Trim(u.Path, "/0123456789") != "" {
-			return errors.New("must end with the number of a database, such as /0")
-		}
-		return err
+		u := parseURL(v, "redis", "rediss")
+		return u != nil && strings.Trim(u.Path, "/0123456789") == ""
 	}},
-	{"NATS_URL", "nats://localhost:4222", "carries the events; several servers with commas", func(c *config, v string) error {
+	{"NATS_URL", "nats://localhost:4222", "carries the events; several servers with commas", "is not a usable nats://host:port URL", func(c *config, v string) bool {
 		c.nats = v
-		for server := range strings.SplitSeq(v, ",") {
-			if err := validURL(strings.TrimSpace(server), nil, "nats", "tls"); err != nil {
-				return err
-			}
+		return !slices.ContainsFunc(strings.Split(v, ","), func(server string) bool { return parseURL(strings.TrimSpace(server), "nats", "tls") == nil })
+	}},
+	{"CLICKHOUSE_URL", "clickhouse://localhost:9000/default", "the log of the events; also http:// and https://", "is not a usable clickhouse://host:port URL", func(c *config, v string) bool {
+		var err error
+		if c.clickhouse, err = clickhouse.ParseDSN(v); err != nil || parseURL(v, "clickhouse", "http", "https") == nil {
+			return false
 		}
-		return nil
+		return !slices.ContainsFunc(c.clickhouse.Addr, func(server string) bool { // the driver knows no default port
+			_, _, err := net.SplitHostPort(server)
+			return err != nil
+		})
 	}},
-	{"CLICKHOUSE_URL", "clickhouse://localhost:9000/default", "the log of the events; native protocol", func(c *config, v string) (err error) {
-		if c.clickhouse, err = clickhouse.ParseDSN(v); err == nil {
-			for _, server := range c.clickhouse.Addr {
-				_, _, portErr := net.SplitHostPort(server)
-				err = errors.Join(err, portErr) // the driver knows no default
-			}
-		}
-		return validURL(v, err, "clickhouse")
+	{"EVENTS_BATCH", "5", "events in one INSERT into ClickHouse, 1 to 1000", "must be an integer from 1 to 1000", func(c *config, v string) (ok bool) {
+		c.eventsBatch, ok = number(v, 1000)
+		return ok
 	}},
-	{"EVENTS_BATCH", "5", "events in one INSERT into ClickHouse, 1 to 1000", func(c *config, v string) (err error) {
-		c.eventsBatch, err = number(v, 1, 1000)
-		return err
+	{"NATS_REPLICAS", "1", "replicas of the stream, 1 to 5", "must be an integer from 1 to 5", func(c *config, v string) (ok bool) {
+		c.natsReplicas, ok = number(v, 5)
+		return ok
 	}},
-	{"NATS_REPLICAS", "1", "replicas of the stream, when the service creates it, 1 to 5", func(c *config, v string) (err error) {
-		c.natsReplicas, err = number(v, 1, 5)
-		return err
-	}},
-	{"NAMESPACE", "goods", "prefix of Redis keys and NATS names, to share those servers", func(c *config, v string) error {
+	{"NAMESPACE", "goods", "prefix of Redis keys and NATS names, to share those servers", "must be a lower-case letter, then up to 31 letters, digits, - and _", func(c *config, v string) bool {
 		c.namespace = v
-		if !regexp.MustCompile(`^[a-z][a-z0-9_-]{0,31}$`).MatchString(v) {
-			return errors.New("must be a lower-case letter, then up to 31 letters, digits, - and _")
-		}
-		return nil
+		return regexp.MustCompile(`^[a-z][a-z0-9_-]{0,31}$`).MatchString(v)
 	}},
-	{"LOG_LEVEL", "info", "debug, info, warn or error", func(c *config, v string) error {
-		if c.logLevel.UnmarshalText([]byte(v)) != nil {
-			return errors.New("must be debug, info, warn or error")
-		}
-		return nil
+	{"LOG_LEVEL", "info", "debug, info, warn or error", "must be debug, info, warn or error", func(c *config, v string) bool {
+		return c.logLevel.UnmarshalText([]byte(v)) == nil
 	}},
 }
 
-type config struct {
-	addr, postgres, redis, nats string
-	clickhouse                  *clickhouse.Options
-	eventsBatch, natsReplicas   int
-	namespace                   string
-	logLevel                    slog.Level
-}
-
-// validURL checks a URL's scheme and host. Its error never quotes the value,
-// which may hold a password.
-func validURL(value string, err error, schemes ...string) error {
-	u, parseErr := url.Parse(value)
-	if err == nil && parseErr == nil && u.Hostname() != "" {
-		for _, s := range schemes {
-			if u.Scheme == s {
-				return nil
-			}
-		}
+// parseURL returns nil for what is no URL with a host and one of the schemes.
+func parseURL(value string, schemes ...string) *url.URL {
+	u, err := url.Parse(value)
+	if err != nil || u.Hostname() == "" || !slices.Contains(schemes, u.Scheme) {
+		return nil
 	}
-	return fmt.Errorf("is not a usable %s://host:port URL", schemes[0])
+	return u
 }
 
-func number(value string, least, most int) (int, error) {
+func number(value string, most int) (n int, ok bool) {
 	n, err := strconv.Atoi(value)
-	if err != nil || n < least || n > most {
-		return 0, fmt.Errorf("must be an integer from %d to %d", least, most)
-	}
-	return n, nil
+	return n, err == nil && n >= 1 && n <= most
 }
 
 // readConfig reports every bad variable at once.
@@ -124,8 +100,8 @@ func readConfig(getenv func(string) string) (*config, error) {
 		if value == "" {
 			value = v.fallback
 		}
-		if err := v.parse(c, value); err != nil {
-			bad = append(bad, v.name+" "+err.Error())
+		if !v.parse(c, value) {
+			bad = append(bad, v.name+" "+v.complaint)
 		}
 	}
 	if len(bad) > 0 {

@@ -7,22 +7,22 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/lib/pq"
 	"github.com/nats-io/nats.go/jetstream"
 )
 
 // drain moves events from NATS into ClickHouse, until ctx ends. Replicas share
 // one consumer, so any number may drain at once.
 func (p *pipeline) drain(ctx context.Context) {
-	retry(ctx, func() bool {
-		return p.failed(&p.storeErr, "migrate", migrateClickHouse(ctx, p.clickhouse, migrations, p.log))
-	})
-	for ctx.Err() == nil {
+	p.retry(ctx, "migrate clickhouse", func() error { return migrateClickHouse(ctx, p.clickhouse, migrations) })
+	state := state{log: p.log, name: "drain"}
+	for ; ctx.Err() == nil; pause(ctx, retryMost/2) {
 		consumer, err := p.connect(ctx)
+		state.report(err)
 		if err == nil {
 			err = p.drainFrom(ctx, consumer)
+			p.log.Debug("drain ended", "err", err)
 		}
-		p.failed(&p.drainErr, "drain", err)
-		pause(ctx, retryMost/2)
 	}
 }
 
@@ -38,44 +38,50 @@ func (p *pipeline) drainFrom(ctx context.Context, consumer jetstream.Consumer) e
 	var events []held
 	var since, looked time.Time // when the first event came; when find was called
 	for ctx.Err() == nil {
-		wait := 2 * time.Second
+		wait := fetchWait
 		if len(events) > 0 {
 			wait = max(time.Until(since.Add(batchWait)), time.Millisecond)
 		}
-		limited, cancel := context.WithTimeout(ctx, wait)
-		fetched, err := consumer.Fetch(1, jetstream.FetchContext(limited))
+		message, err := fetch(ctx, consumer, wait)
 		if err != nil {
-			cancel()
 			return err
 		}
-		for m := range fetched.Messages() {
+		if message != nil {
 			if len(events) == 0 {
 				since = time.Now()
 			}
-			events = append(events, p.read(m)...)
+			events = append(events, p.read(message)...)
 		}
-		err = fetched.Error()
-		late := limited.Err() != nil
-		cancel()
 		for len(events) >= p.batch || len(events) > 0 && time.Since(since) >= batchWait {
 			n := min(len(events), p.batch)
-			if !p.store(ctx, events[:n], events) {
-				return ctx.Err()
-			}
+			p.store(ctx, events[:n], events)
 			events, since = events[n:], time.Now()
 		}
-		if err != nil && !late {
-			return err
-		}
-		p.failed(&p.drainErr, "drain", nil)
-		if len(events) == 0 && late && time.Since(looked) > lostAfter/3 {
+		if message == nil && len(events) == 0 && time.Since(looked) > lostAfter/3 {
 			looked = time.Now()
 			if err := p.find(ctx, consumer); err != nil {
 				return err
 			}
 		}
 	}
-	return ctx.Err()
+	return nil
+}
+
+// fetch waits for a message; nil means that none came.
+func fetch(ctx context.Context, consumer jetstream.Consumer, wait time.Duration) (message jetstream.Msg, err error) {
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	fetched, err := consumer.Fetch(1, jetstream.FetchContext(ctx))
+	if err != nil {
+		return nil, err
+	}
+	for m := range fetched.Messages() {
+		message = m
+	}
+	if ctx.Err() != nil { // the usual end of waiting
+		return message, nil
+	}
+	return message, fetched.Error()
 }
 
 // read returns the events of a message, none if it has anything else.
@@ -99,45 +105,32 @@ func (p *pipeline) read(m jetstream.Msg) []held {
 
 // store inserts batch into ClickHouse, deletes its outbox rows, and only then
 // acknowledges the messages that end in it. It tries until it succeeds, or ctx
-// ends; false means the latter. Meanwhile NATS is told that all, of which
-// batch is the beginning, is being worked on.
-func (p *pipeline) store(ctx context.Context, batch, all []held) bool {
-	events := make([]event, len(batch))
-	for i, e := range batch {
-		events[i] = e.event
-	}
-	inserted := false
-	retry(ctx, func() (again bool) {
-		var err error
-		if !inserted {
-			err = p.insert(ctx, events)
-			inserted = err == nil
-		}
-		if inserted {
-			err = p.forget(events)
-		}
-		if p.failed(&p.storeErr, "store", err) {
-			for _, e := range all {
-				if e.message != nil {
-					_ = e.message.InProgress() // else another replica gets it meanwhile
-				}
+// ends. Meanwhile NATS is told that all, of which batch is the beginning, is
+// being worked on: else another replica would get it.
+func (p *pipeline) store(ctx context.Context, batch, all []held) {
+	each := func(events []held, f func(jetstream.Msg) error) {
+		for _, e := range events {
+			if e.message != nil {
+				_ = f(e.message) // what is lost here only repeats the events
 			}
 		}
-		return err != nil
-	})
-	if ctx.Err() != nil {
-		return false
 	}
-	for _, e := range batch {
-		if e.message != nil {
-			_ = e.message.Ack() // one that is lost only repeats the events
-		}
+	for _, step := range []func(context.Context, []held) error{p.insert, p.forget} {
+		p.retry(ctx, "store events", func() error {
+			err := step(ctx, batch)
+			if err != nil {
+				each(all, jetstream.Msg.InProgress)
+			}
+			return err
+		})
 	}
-	return true
+	if ctx.Err() == nil {
+		each(batch, jetstream.Msg.Ack)
+	}
 }
 
 // insert adds events to ClickHouse in one INSERT.
-func (p *pipeline) insert(ctx context.Context, events []event) (err error) {
+func (p *pipeline) insert(ctx context.Context, events []held) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
 	defer cancel()
 	defer func() {
@@ -173,9 +166,12 @@ DELETE FROM outbox
 WHERE id = ANY ($1)`
 
 // forget deletes the outbox rows of events that ClickHouse holds.
-func (p *pipeline) forget(events []event) error {
-	_, err := p.db.Exec(forgetEvents, outboxIDs(events))
-	return err
+func (p *pipeline) forget(_ context.Context, events []held) error {
+	ids := make(pq.Int64Array, len(events))
+	for i, e := range events {
+		ids[i] = e.Outbox
+	}
+	return p.db.query(nil, forgetEvents, []any{ids}, nil)
 }
 
 // find looks for events that NATS lost: the consumer has nothing left, and
@@ -190,9 +186,15 @@ func (p *pipeline) find(ctx context.Context, consumer jetstream.Consumer) error 
 	return p.requeue(lostAfter)
 }
 
-// retry repeats f with growing pauses while it asks for it, until ctx ends.
-func retry(ctx context.Context, f func() (again bool)) {
-	for wait := retryFirst; ctx.Err() == nil && f(); wait = min(2*wait, retryMost) {
+// retry repeats f with growing pauses until it succeeds, or ctx ends.
+func (p *pipeline) retry(ctx context.Context, name string, f func() error) {
+	state := state{log: p.log, name: name}
+	for wait := retryFirst; ctx.Err() == nil; wait = min(2*wait, retryMost) {
+		err := f()
+		state.report(err)
+		if err == nil {
+			return
+		}
 		pause(ctx, wait)
 	}
 }

@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/ClickHouse/clickhouse-go/v2"
@@ -25,6 +24,7 @@ const (
 	maxMessage   = 256 << 10       // bytes of events in one message, but for a single larger one
 	eventTimeout = 5 * time.Second // for one exchange with ClickHouse, or one statement of Postgres
 	natsTimeout  = 2 * time.Second // for one answer of NATS; what is then sent again is a repeat
+	fetchWait    = 2 * time.Second // for a message to come
 	batchWait    = time.Second     // for a batch to fill
 	ackWait      = 10 * time.Second
 	lostAfter    = 30 * time.Second
@@ -68,8 +68,6 @@ type pipeline struct {
 	log        *slog.Logger
 	counts     *metrics
 	nudge      chan struct{} // holds one: there is something to relay
-
-	relayErr, drainErr, storeErr atomic.Pointer[error] // of the last try, or nil
 }
 
 func (p *pipeline) stream() string  { return strings.ToUpper(p.namespace) }
@@ -83,25 +81,8 @@ func (p *pipeline) wake() {
 	}
 }
 
-// failed notes how a step went, for ping and the log.
-func (p *pipeline) failed(last *atomic.Pointer[error], step string, err error) bool {
-	if err == nil {
-		last.Store(nil)
-		return false
-	}
-	err = fmt.Errorf("%s: %w", step, err)
-	last.Store(&err)
-	p.log.Debug("events do not move", "err", err)
-	return true
-}
-
-// pingNATS reports whether events can pass through NATS.
+// pingNATS reports whether the stream can be reached.
 func (p *pipeline) pingNATS(ctx context.Context) error {
-	for _, last := range []*atomic.Pointer[error]{&p.relayErr, &p.drainErr} {
-		if err := last.Load(); err != nil {
-			return *err
-		}
-	}
 	stream, err := p.js.Stream(ctx, p.stream())
 	if err == nil {
 		p.counts.backlog.Store(int64(stream.CachedInfo().State.Msgs))
@@ -109,24 +90,24 @@ func (p *pipeline) pingNATS(ctx context.Context) error {
 	return err
 }
 
-// pingClickHouse reports whether events can be stored.
+// pingClickHouse reports whether the table can be reached.
 func (p *pipeline) pingClickHouse(ctx context.Context) error {
-	if err := p.storeErr.Load(); err != nil {
-		return *err
-	}
 	return p.clickhouse.Exec(ctx, `SELECT Id FROM goods_log LIMIT 0`)
 }
 
 // relay publishes what waits in the outbox, until ctx ends. Any number of
 // replicas may relay at once.
 func (p *pipeline) relay(ctx context.Context) {
+	state := state{log: p.log, name: "relay"}
 	for ctx.Err() == nil {
 		n, err := p.publish(ctx)
-		nudge := p.nudge
-		if p.failed(&p.relayErr, "relay", err) {
-			nudge = nil // writes go on meanwhile; they must not hurry the next try
-		} else if n == relayBatch {
+		state.report(err)
+		if err == nil && n == relayBatch {
 			continue
+		}
+		nudge := p.nudge
+		if err != nil {
+			nudge = nil // writes go on meanwhile; they must not hurry the next try
 		}
 		select {
 		case <-ctx.Done():
@@ -157,27 +138,21 @@ func (p *pipeline) publish(ctx context.Context) (int, error) {
 		return 0, nats.ErrDisconnected
 	}
 	var events []event
+	var ids pq.Int64Array
 	err := p.db.inTx(func(tx *sql.Tx) error {
-		rows, err := p.db.query(tx, claimEvents, relayBatch)
-		if err != nil {
-			return fmt.Errorf("claim events: %w", err)
-		}
-		defer rows.Close()
-		for rows.Next() {
+		err := p.db.query(tx, claimEvents, []any{relayBatch}, func(rows *sql.Rows) error {
 			var e event
-			if err := rows.Scan(&e.Outbox, &e.ID, &e.ProjectID, &e.Name, &e.Description, &e.Priority, &e.Removed, &e.Version, &e.Time); err != nil {
-				return fmt.Errorf("claim events: %w", err)
-			}
-			events = append(events, e)
-		}
-		if err := rows.Err(); err != nil || len(events) == 0 {
+			err := rows.Scan(&e.Outbox, &e.ID, &e.ProjectID, &e.Name, &e.Description, &e.Priority, &e.Removed, &e.Version, &e.Time)
+			events, ids = append(events, e), append(ids, e.Outbox)
+			return err
+		})
+		if err != nil || len(events) == 0 {
 			return err
 		}
 		if err := p.send(ctx, events); err != nil {
 			return fmt.Errorf("publish: %w", err)
 		}
-		_, err = p.db.query(tx, markPublished, outboxIDs(events))
-		return err
+		return p.db.query(tx, markPublished, []any{ids}, nil)
 	})
 	return len(events), err
 }
@@ -185,6 +160,7 @@ func (p *pipeline) publish(ctx context.Context) (int, error) {
 // send publishes events and waits until NATS has acknowledged each message.
 func (p *pipeline) send(ctx context.Context, events []event) error {
 	var acks []jetstream.PubAckFuture
+	all := len(events)
 	for len(events) > 0 {
 		message := []byte{'['}
 		n := 0
@@ -205,7 +181,6 @@ func (p *pipeline) send(ctx context.Context, events []event) error {
 			return err
 		}
 		acks, events = append(acks, ack), events[n:]
-		p.counts.published.Add(int64(n))
 	}
 	for _, ack := range acks {
 		select {
@@ -216,15 +191,8 @@ func (p *pipeline) send(ctx context.Context, events []event) error {
 			return ctx.Err()
 		}
 	}
+	p.counts.published.Add(int64(all))
 	return nil
-}
-
-func outboxIDs(events []event) any {
-	ids := make(pq.Int64Array, len(events))
-	for i, e := range events {
-		ids[i] = e.Outbox
-	}
-	return ids
 }
 
 // connect makes the stream and its consumer what they have to be. When the

@@ -73,23 +73,6 @@ func (g *good) fields() []any {
 	return []any{&g.ID, &g.ProjectID, &g.Name, &g.Description, &g.Priority, &g.Removed, &g.CreatedAt.Time, &g.version}
 }
 
-// scanGoods reads and closes rows of goodColumns.
-func scanGoods(rows *sql.Rows, err error) ([]good, error) {
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	var goods []good
-	for rows.Next() {
-		var g good
-		if err := rows.Scan(g.fields()...); err != nil {
-			return nil, err
-		}
-		goods = append(goods, g)
-	}
-	return goods, rows.Err()
-}
-
 // service does what the API says. Its methods may be called concurrently; they
 // return a *failure, or an error that is the service's own.
 type service struct {
@@ -105,10 +88,10 @@ type service struct {
 
 func newService(db *database, cache *cache, wake func(), counts *metrics, log *slog.Logger) *service {
 	s := &service{db: db, cache: cache, wake: wake}
-	s.creates = newBatcher("create", 64, createRequest.apart, s.createAll, counts, log)
-	s.edits = newBatcher("edit", 64, editRequest.apart, s.editAll, counts, log)
-	s.moves = newBatcher("reprioritize", 1, nil, s.moveGood, counts, log)
-	s.lists = newBatcher("list", 64, nil, s.readPages, counts, log)
+	s.creates = newBatcher("create", 64, s.createAll, counts, log)
+	s.edits = newBatcher("edit", 64, s.editGoods, counts, log)
+	s.moves = newBatcher("reprioritize", 1, s.moveGood, counts, log)
+	s.lists = newBatcher("list", 64, s.readPages, counts, log)
 	return s
 }
 
@@ -157,96 +140,74 @@ func (s *service) create(ctx context.Context, q createRequest) (createResult, er
 
 const lockPriorities = `SELECT lock_priorities()`
 
-const findKeys = `
-SELECT r.n - 1, g.request_digest = r.digest, ` + goodColumns + `
-FROM unnest($1::integer[], $2::text[], $3::text[]) WITH ORDINALITY AS r (project_id, key, digest, n)
-JOIN goods AS g ON g.project_id = r.project_id AND g.idempotency_key = r.key`
-
-// A request for a project that does not exist yields no row. The rows are
-// inserted, and returned, in the order of the requests.
-const insertGoods = `
-INSERT INTO goods AS g (project_id, name, description, priority, idempotency_key, request_digest)
-SELECT c.id, r.name, r.description,
-       (SELECT coalesce(max(priority), 0) FROM goods) + row_number() OVER (ORDER BY r.n),
-       nullif(r.key, ''), nullif(r.digest, '')
-FROM unnest($1::integer[], $2::text[], $3::text[], $4::text[], $5::text[]) WITH ORDINALITY
-    AS r (project_id, key, digest, name, description, n)
-JOIN campaigns AS c ON c.id = r.project_id
-ORDER BY r.n
-RETURNING ` + goodColumns
+// A request whose key is known yields its good, one for a project that does
+// not exist yields nothing, and the others a new good, in their order. A key
+// that is null finds nothing at once.
+const createGoods = `
+WITH request AS (
+    SELECT project_id, name, description, nullif(key, '') AS key, nullif(digest, '') AS digest, n
+    FROM unnest($1::integer[], $2::text[], $3::text[], $4::text[], $5::text[]) WITH ORDINALITY
+        AS r (project_id, name, description, key, digest, n)
+), known AS MATERIALIZED (
+    SELECT r.n, g.request_digest = r.digest AS same, ` + goodColumns + `
+    FROM request AS r
+    JOIN goods AS g ON g.project_id = r.project_id AND g.idempotency_key = r.key
+), inserted AS (
+    INSERT INTO goods AS g (project_id, name, description, priority, idempotency_key, request_digest)
+    SELECT r.project_id, r.name, r.description,
+           (SELECT coalesce(max(priority), 0) FROM goods) + row_number() OVER (ORDER BY r.n), r.key, r.digest
+    FROM request AS r
+    JOIN campaigns AS c ON c.id = r.project_id
+    WHERE r.n NOT IN (SELECT n FROM known)
+    ORDER BY r.n
+    RETURNING 0 AS n, true AS same, ` + goodColumns + `
+)
+SELECT * FROM known
+UNION ALL
+SELECT * FROM inserted
+ORDER BY n, priority`
 
 func (s *service) createAll(requests []createRequest) ([]result[createResult], error) {
 	results := make([]result[createResult], len(requests))
-	err := s.write(func(tx *sql.Tx) error {
-		// Before the statements that look: what they see is then the last there is.
-		if _, err := tx.Exec(lockPriorities); err != nil {
-			return fmt.Errorf("lock priorities: %w", err)
-		}
-		if err := s.findKnown(tx, requests, results); err != nil {
-			return fmt.Errorf("find keys: %w", err)
-		}
-		var left []int
-		var projects pq.Int32Array
-		var keys, digests, names, descriptions pq.StringArray
-		for i, q := range requests {
-			if results[i].answer.ID != 0 || results[i].err != nil {
-				continue
-			}
-			left, projects, keys, digests = append(left, i), append(projects, q.projectID), append(keys, q.key), append(digests, q.digest())
-			names, descriptions = append(names, q.name), append(descriptions, q.description)
-		}
-		if len(left) == 0 {
-			return nil
-		}
-		rows, err := s.db.query(tx, insertGoods, projects, keys, digests, names, descriptions)
-		goods, err := scanGoods(rows, err)
-		if err != nil {
-			return fmt.Errorf("insert goods: %w", err)
-		}
-		for _, i := range left {
-			if len(goods) > 0 && goods[0].ProjectID == requests[i].projectID {
-				results[i].answer.good, goods = goods[0], goods[1:]
-			} else {
-				results[i].err = errCampaignNotFound
-			}
-		}
-		return nil
-	})
-	return results, err
-}
-
-// findKnown answers the requests whose key has made a good before.
-func (s *service) findKnown(tx *sql.Tx, requests []createRequest, results []result[createResult]) error {
-	var index []int
 	var projects pq.Int32Array
-	var keys, digests pq.StringArray
-	for i, q := range requests {
-		if q.key != "" {
-			index, projects, keys, digests = append(index, i), append(projects, q.projectID), append(keys, q.key), append(digests, q.digest())
-		}
+	var names, descriptions, keys, digests pq.StringArray
+	for _, q := range requests {
+		projects, names, descriptions = append(projects, q.projectID), append(names, q.name), append(descriptions, q.description)
+		keys, digests = append(keys, q.key), append(digests, q.digest())
 	}
-	if len(index) == 0 {
-		return nil
-	}
-	rows, err := s.db.query(tx, findKeys, projects, keys, digests)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var n int
-		var same bool
-		var g good
-		if err := rows.Scan(append([]any{&n, &same}, g.fields()...)...); err != nil {
+	err := s.write(func(tx *sql.Tx) error {
+		// A statement of its own: the next one sees what was committed meanwhile.
+		if _, err := tx.Exec(lockPriorities); err != nil {
 			return err
 		}
-		if same {
-			results[index[n]].answer = createResult{g, true}
-		} else {
-			results[index[n]].err = errKeyReused
+		var fresh []good
+		err := s.db.query(tx, createGoods, []any{projects, names, descriptions, keys, digests}, func(rows *sql.Rows) error {
+			var n int
+			var same bool
+			var g good
+			err := rows.Scan(append([]any{&n, &same}, g.fields()...)...)
+			switch {
+			case n == 0:
+				fresh = append(fresh, g)
+			case same:
+				results[n-1].answer = createResult{g, true}
+			default:
+				results[n-1].err = errKeyReused
+			}
+			return err
+		})
+		for i, q := range requests {
+			if r := &results[i]; r.err != nil || r.answer.repeated {
+				continue
+			} else if len(fresh) > 0 && fresh[0].ProjectID == q.projectID {
+				r.answer.good, fresh = fresh[0], fresh[1:]
+			} else {
+				r.err = errCampaignNotFound
+			}
 		}
-	}
-	return rows.Err()
+		return err
+	})
+	return results, err
 }
 
 // editRequest changes one good.
@@ -257,7 +218,7 @@ type editRequest struct {
 	remove        bool
 }
 
-func (q editRequest) apart() any { return q.id }
+func (q editRequest) apart() any { return q.id } // one statement changes a row once
 
 // edit returns the good as it has become.
 func (s *service) edit(ctx context.Context, q editRequest) (good, error) { return s.edits.do(ctx, q) }
@@ -296,44 +257,42 @@ const (
 	editGoods = lockGoods + ` SKIP LOCKED` + changeGoods
 )
 
-func (s *service) editAll(requests []editRequest) ([]result[good], error) {
-	var ids, projects pq.Int32Array
-	var names, descriptions pq.StringArray
-	var describe, remove pq.BoolArray
-	for _, q := range requests {
-		description := ""
-		if q.description != nil {
-			description = *q.description
-		}
-		ids, projects, names, descriptions = append(ids, q.id), append(projects, q.projectID), append(names, q.name), append(descriptions, description)
-		describe, remove = append(describe, q.description != nil), append(remove, q.remove)
-	}
+func (s *service) editGoods(requests []editRequest) ([]result[good], error) {
 	query, notFound := editGood, error(errGoodNotFound)
 	if len(requests) > 1 {
 		query, notFound = editGoods, errTryAlone
 	}
-	var goods []good
-	err := s.write(func(tx *sql.Tx) (err error) {
-		rows, err := s.db.query(tx, query, ids, projects, names, descriptions, describe, remove)
-		if goods, err = scanGoods(rows, err); err != nil {
-			return fmt.Errorf("edit goods: %w", err)
+	results := make([]result[good], len(requests))
+	index := make(map[int32]int, len(requests)) // by id
+	var ids, projects pq.Int32Array
+	var names, descriptions pq.StringArray
+	var describe, remove pq.BoolArray
+	for i, q := range requests {
+		index[q.id], results[i].err = i, notFound // unless a row says otherwise
+		ids, projects, names, remove = append(ids, q.id), append(projects, q.projectID), append(names, q.name), append(remove, q.remove)
+		if descriptions, describe = append(descriptions, ""), append(describe, q.description != nil); q.description != nil {
+			descriptions[i] = *q.description
 		}
-		return nil
+	}
+	var old, keys []key
+	var texts [][]byte
+	err := s.write(func(tx *sql.Tx) error {
+		return s.db.query(tx, query, []any{ids, projects, names, descriptions, describe, remove}, func(rows *sql.Rows) error {
+			var g good
+			if err := rows.Scan(g.fields()...); err != nil {
+				return err
+			}
+			results[index[g.ID]] = result[good]{answer: g}
+			old, keys = append(old, newKey(g.ID, g.version-1)), append(keys, newKey(g.ID, g.version))
+			text, err := encodeJSON(&g)
+			texts = append(texts, text)
+			return err
+		})
 	})
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("edit goods: %w", err)
 	}
-	changed := make(map[int32]good, len(goods))
-	for _, g := range goods {
-		changed[g.ID] = g
-	}
-	results := make([]result[good], len(requests))
-	for i, q := range requests {
-		var ok bool
-		if results[i].answer, ok = changed[q.id]; !ok {
-			results[i].err = notFound
-		}
-	}
-	s.cache.replace(goods)
+	s.cache.keep(keys, texts) // a list wants them next
+	s.cache.drop(old)
 	return results, nil
 }

@@ -62,7 +62,7 @@ func (a *api) routes() http.Handler {
 	handle("DELETE", "/goods/remove", a.remove)
 	handle("GET", "/goods/list", a.list)
 	handle("GET", "/healthz", func(w http.ResponseWriter, _ *http.Request) error {
-		return writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
+		return writeJSON(w, http.StatusOK, map[string]string{"status": "ok"}, nil)
 	})
 	handle("GET", "/readyz", a.ready)
 	handle("GET", "/metrics", func(w http.ResponseWriter, _ *http.Request) error {
@@ -85,11 +85,8 @@ func (a *api) routes() http.Handler {
 }
 
 func (a *api) create(w http.ResponseWriter, r *http.Request) error {
-	in, err := readInput(w, r, "name", "description")
-	if err != nil {
-		return err
-	}
-	q := createRequest{projectID: in.number("projectId", maxInt32), name: in.name(), key: in.idempotencyKey(r.Header)}
+	in := readInput(w, r, "name", "description")
+	q := createRequest{projectID: in.number("projectId"), name: in.name(), key: in.idempotencyKey(r.Header)}
 	if d := in.text("description", maxDescription); d != nil {
 		q.description = *d
 	}
@@ -97,84 +94,57 @@ func (a *api) create(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	created, err := a.service.create(r.Context(), q)
-	if err != nil {
-		return err
-	}
-	status := http.StatusCreated
 	if created.repeated {
-		status = http.StatusOK
+		return writeJSON(w, http.StatusOK, &created.good, err)
 	}
-	return writeJSON(w, status, &created.good)
+	return writeJSON(w, http.StatusCreated, &created.good, err)
 }
 
 func (a *api) update(w http.ResponseWriter, r *http.Request) error {
-	in, err := readInput(w, r, "name", "description")
-	if err != nil {
-		return err
-	}
-	q := editRequest{id: in.number("id", maxInt32), projectID: in.number("projectId", maxInt32),
-		name: in.name(), description: in.text("description", maxDescription)}
+	in := readInput(w, r, "name", "description")
+	q := editRequest{id: in.number("id"), projectID: in.number("projectId"), name: in.name(), description: in.text("description", maxDescription)}
 	if err := in.fault(); err != nil {
 		return err
 	}
 	g, err := a.service.edit(r.Context(), q)
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusOK, &g)
+	return writeJSON(w, http.StatusOK, &g, err)
 }
 
 func (a *api) reprioritize(w http.ResponseWriter, r *http.Request) error {
-	in, err := readInput(w, r, "newPriority")
-	if err != nil {
-		return err
-	}
-	q := moveRequest{id: in.number("id", maxInt32), projectID: in.number("projectId", maxInt32), to: in.integer("newPriority")}
+	in := readInput(w, r, "newPriority")
+	q := moveRequest{id: in.number("id"), projectID: in.number("projectId"), to: in.integer("newPriority")}
 	if err := in.fault(); err != nil {
 		return err
 	}
 	places, err := a.service.move(r.Context(), q)
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusOK, map[string][]place{"priorities": places})
+	return writeJSON(w, http.StatusOK, map[string][]place{"priorities": places}, err)
 }
 
 func (a *api) remove(w http.ResponseWriter, r *http.Request) error {
-	in, err := readInput(w, r)
-	if err != nil {
-		return err
-	}
-	q := editRequest{id: in.number("id", maxInt32), projectID: in.number("projectId", maxInt32), remove: true}
+	in := readInput(w, r)
+	q := editRequest{id: in.number("id"), projectID: in.number("projectId"), remove: true}
 	if err := in.fault(); err != nil {
 		return err
 	}
 	g, err := a.service.edit(r.Context(), q)
-	if err != nil {
-		return err
-	}
 	return writeJSON(w, http.StatusOK, struct {
 		ID         int32 `json:"id"`
 		CampaignID int32 `json:"campaignId"`
 		Removed    bool  `json:"removed"`
-	}{g.ID, g.ProjectID, g.Removed})
+	}{g.ID, g.ProjectID, g.Removed}, err)
 }
 
 func (a *api) list(w http.ResponseWriter, r *http.Request) error {
-	in, err := readInput(w, r)
-	if err != nil {
-		return err
-	}
+	in := readInput(w, r)
 	q := listRequest{in.numberOr("limit", 10, maxLimit), in.numberOr("offset", 1, maxInt32)}
 	if err := in.fault(); err != nil {
 		return err
 	}
 	page, err := a.service.list(r.Context(), q)
-	if err != nil {
-		return err
+	if err == nil {
+		writeBody(w, http.StatusOK, page)
 	}
-	writeBody(w, http.StatusOK, page)
-	return nil
+	return err
 }
 
 func (a *api) ready(w http.ResponseWriter, _ *http.Request) error {
@@ -182,18 +152,25 @@ func (a *api) ready(w http.ResponseWriter, _ *http.Request) error {
 	if a.closing.Load() || !a.health.up("postgres") {
 		status = http.StatusServiceUnavailable
 	}
-	return writeJSON(w, status, a.health)
+	return writeJSON(w, status, a.health, nil)
 }
 
-// answer adapts a handler: it turns its error into a reply, survives its
-// panic, and counts and logs the request once.
+// answer adapts a handler: it turns its error, or panic, into a reply, and
+// counts and logs the request once.
 func (a *api) answer(observed *routeMetrics, h handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
 		id := requestID(r)
 		w.Header().Set("X-Request-Id", id)
 		reply := &recorder{ResponseWriter: w, status: http.StatusOK}
-		err := safely(h, reply, r)
+		err := func() (err error) {
+			defer func() {
+				if p := recover(); p != nil {
+					err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+				}
+			}()
+			return h(reply, r)
+		}()
 		if err != nil {
 			f := failureOf(err)
 			if f == errInternal {
@@ -205,21 +182,12 @@ func (a *api) answer(observed *routeMetrics, h handler) http.Handler {
 			reply.status = 499 // the client has gone, or is very slow: the reply is hardly read
 		}
 		took := time.Since(start)
-		observed.observe(reply.status, took)
+		observed.latency.observe(took.Seconds())
+		observed.statuses[reply.status].Add(1)
 		if a.log.Enabled(r.Context(), slog.LevelDebug) { // or its values would be made for nothing
 			a.log.Debug("request", "id", id, "method", r.Method, "path", r.URL.Path, "status", reply.status, "seconds", took.Seconds(), "err", err)
 		}
 	})
-}
-
-// safely turns a panic of h into its error.
-func safely(h handler, w http.ResponseWriter, r *http.Request) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
-		}
-	}()
-	return h(w, r)
 }
 
 // failureOf is what a client is told about err.
@@ -247,7 +215,7 @@ func writeFailure(w http.ResponseWriter, f *failure) {
 		Code    int               `json:"code"`
 		Message string            `json:"message"`
 		Details map[string]string `json:"details"`
-	}{f.code, f.message, details})
+	}{f.code, f.message, details}, nil)
 }
 
 // recorder remembers the status of a reply.
@@ -274,8 +242,12 @@ func requestID(r *http.Request) string {
 	return id
 }
 
-// writeJSON encodes v before it writes anything.
-func writeJSON(w http.ResponseWriter, status int, v any) error {
+// writeJSON writes v, or returns err if there is one. It encodes v before it
+// writes anything.
+func writeJSON(w http.ResponseWriter, status int, v any, err error) error {
+	if err != nil {
+		return err
+	}
 	body, err := encodeJSON(v)
 	if err == nil {
 		writeBody(w, status, append(body, '\n'))

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"database/sql"
 	"fmt"
 	"slices"
 	"strconv"
@@ -21,6 +22,8 @@ const (
 type listRequest struct {
 	limit, offset int32
 }
+
+func (q listRequest) apart() any { return nil }
 
 // list returns the reply's JSON, which nobody may change.
 func (s *service) list(ctx context.Context, q listRequest) ([]byte, error) { return s.lists.do(ctx, q) }
@@ -124,20 +127,13 @@ FROM meta AS m`
 func (s *service) readVersions(pages []listRequest) (*view, error) {
 	v := newView(pages)
 	var array []byte
-	if err := s.db.queryRow(nil, readVersions, []any{v.positions}, &v.total, &v.removed, &array); err != nil {
-		return nil, err
-	}
-	if len(array) <= len("{}") {
-		return v, nil
-	}
-	for text := range strings.SplitSeq(string(array[1:len(array)-1]), ",") {
-		k, err := strconv.ParseInt(text, 10, 64)
-		if err != nil {
-			return nil, err
+	err := s.db.query(nil, readVersions, []any{v.positions}, func(rows *sql.Rows) error { return rows.Scan(&v.total, &v.removed, &array) })
+	for text := range strings.SplitSeq(strings.Trim(string(array), "{}"), ",") {
+		if n, bad := strconv.ParseInt(text, 10, 64); bad == nil { // else the array is empty
+			v.keys = append(v.keys, key(n))
 		}
-		v.keys = append(v.keys, key(k))
 	}
-	return v, nil
+	return v, err
 }
 
 const readGoods = `
@@ -149,23 +145,15 @@ ORDER BY g.priority`
 // readWhole reads the goods of pages that are not empty.
 func (s *service) readWhole(pages []listRequest) (*view, error) {
 	v := newView(pages)
-	rows, err := s.db.query(nil, readGoods, v.positions)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	for rows.Next() {
+	return v, s.db.query(nil, readGoods, []any{v.positions}, func(rows *sql.Rows) error {
 		var g good
 		if err := rows.Scan(append([]any{&v.total, &v.removed}, g.fields()...)...); err != nil {
-			return nil, err
+			return err
 		}
 		text, err := encodeJSON(&g)
-		if err != nil {
-			return nil, err
-		}
 		v.keys, v.goods = append(v.keys, newKey(g.ID, g.version)), append(v.goods, text)
-	}
-	return v, rows.Err()
+		return err
+	})
 }
 
 // pageJSON puts a reply together.

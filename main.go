@@ -3,6 +3,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -29,8 +30,8 @@ const (
 	shutdownTimeout  = 10 * time.Second        // for the requests in flight
 )
 
-// version is set by the linker; a plain go build has what Go knows of it.
-var version = ""
+// version is set by the linker.
+var version = "(devel)"
 
 func main() {
 	if os.Getenv("GOGC") == "" {
@@ -65,16 +66,16 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	case "":
 		return serve(ctx, cfg, log)
 	case "healthcheck":
-		return healthcheck(ctx, cfg.addr)
+		return healthcheck(cfg.addr)
 	case "migrate postgres":
 		err = preparePostgres(ctx, cfg, log)
 	case "migrate clickhouse":
 		var ch clickhouse.Conn
 		if ch, err = openClickHouse(cfg); err == nil {
-			err = migrateClickHouse(ctx, ch, migrations, log)
+			err = migrateClickHouse(ctx, ch, migrations)
 		}
 	default:
-		return fmt.Errorf("unknown command %q: see goods -h", command)
+		err = fmt.Errorf("unknown command %q: see goods -h", command)
 	}
 	if err == nil {
 		fmt.Fprintln(stdout, strings.TrimPrefix(command, "migrate "), "is up to date")
@@ -85,56 +86,42 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 // newLog writes text to a terminal and JSON to everything else.
 func newLog(w io.Writer, level slog.Level) *slog.Logger {
 	options := &slog.HandlerOptions{Level: level}
-	if f, ok := w.(*os.File); ok {
-		if info, err := f.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
-			return slog.New(slog.NewTextHandler(w, options))
-		}
+	if info, err := os.Stdout.Stat(); w == os.Stdout && err == nil && info.Mode()&os.ModeCharDevice != 0 {
+		return slog.New(slog.NewTextHandler(w, options))
 	}
 	return slog.New(slog.NewJSONHandler(w, options))
 }
 
-// versionText is the program's version, its revision and Go's version.
+// versionText is the program's version, its revision, and Go's version.
 func versionText() string {
-	text, revision := version, ""
+	text := "goods " + version
 	if info, ok := debug.ReadBuildInfo(); ok {
-		if text == "" {
-			text = info.Main.Version
-		}
 		for _, s := range info.Settings {
 			if s.Key == "vcs.revision" {
-				revision = s.Value + " "
+				text += " " + s.Value
 			}
 		}
 	}
-	return "goods " + text + " " + revision + runtime.Version()
+	return text + " " + runtime.Version()
 }
 
 // healthcheck succeeds if the service that listens on addr is up.
-func healthcheck(ctx context.Context, addr string) error {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
+func healthcheck(addr string) error {
 	host, port, _ := net.SplitHostPort(addr)
 	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
 		host = "localhost"
 	}
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(host, port)+"/healthz", nil)
-	if err != nil {
-		return err
+	client := &http.Client{Timeout: 3 * time.Second}
+	reply, err := client.Get("http://" + net.JoinHostPort(host, port) + "/healthz")
+	if err == nil && reply.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s answers %s", addr, reply.Status)
 	}
-	reply, err := http.DefaultClient.Do(request)
-	if err != nil {
-		return err
-	}
-	defer reply.Body.Close()
-	if reply.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s answers %s", request.URL, reply.Status)
-	}
-	return nil
+	return err
 }
 
 // preparePostgres waits for the server and applies its migrations.
 func preparePostgres(ctx context.Context, cfg *config, log *slog.Logger) error {
-	db, err := openPostgres(cfg.postgres, 1, statementTimeout)
+	db, err := openPostgres(cfg.postgres, 1, time.Hour, nil) // a migration may take its time
 	if err != nil {
 		return err
 	}
@@ -142,12 +129,7 @@ func preparePostgres(ctx context.Context, cfg *config, log *slog.Logger) error {
 	if err := awaitPostgres(ctx, db, startTimeout, log); err != nil {
 		return fmt.Errorf("POSTGRES_URL: %w", err)
 	}
-	patient, err := openPostgres(cfg.postgres, 1, time.Hour) // a migration may take its time
-	if err != nil {
-		return err
-	}
-	defer patient.Close()
-	return migratePostgres(patient, migrations, log)
+	return migratePostgres(db, migrations, log)
 }
 
 // openNATS returns a connection that is made, and made again, in the
@@ -159,12 +141,10 @@ func openNATS(url string, log *slog.Logger) (*nats.Conn, error) {
 		nats.MaxReconnects(-1),
 		nats.ReconnectWait(500*time.Millisecond),
 		nats.ReconnectBufSize(-1), // what was not sent is still in the outbox
-		nats.Timeout(2*time.Second),
+		nats.Timeout(natsTimeout),
 		nats.PingInterval(time.Second), // a frozen server is left within three seconds
 		nats.MaxPingsOutstanding(2),
-		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
-			log.Debug("nats", "err", err)
-		}))
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { log.Debug("nats", "err", err) }))
 }
 
 func openClickHouse(cfg *config) (clickhouse.Conn, error) {
@@ -182,25 +162,16 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	if err := preparePostgres(ctx, cfg, log); err != nil {
 		return err
 	}
-	db, err := openPostgres(cfg.postgres, 16, statementTimeout)
-	if err != nil {
+	db, dbErr := openPostgres(cfg.postgres, 16, statementTimeout, nil)
+	loose, looseErr := openPostgres(cfg.postgres, 4, eventTimeout, map[string]string{"synchronous_commit": "off"})
+	nc, natsErr := openNATS(cfg.nats, log)
+	ch, chErr := openClickHouse(cfg)
+	if err := errors.Join(dbErr, looseErr, natsErr, chErr); err != nil {
 		return err
-	}
-	loose, err := openPostgres(cfg.postgres, 4, eventTimeout, "synchronous_commit", "off")
-	if err != nil {
-		return err
-	}
-	nc, err := openNATS(cfg.nats, log)
-	if err != nil {
-		return fmt.Errorf("NATS_URL: %w", err)
 	}
 	js, err := jetstream.New(nc, jetstream.WithPublishAsyncTimeout(natsTimeout))
 	if err != nil {
 		return err
-	}
-	ch, err := openClickHouse(cfg)
-	if err != nil {
-		return fmt.Errorf("CLICKHOUSE_URL: %w", err)
 	}
 	listener, err := net.Listen("tcp", cfg.addr)
 	if err != nil {
@@ -214,23 +185,13 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		namespace: cfg.namespace, replicas: cfg.natsReplicas, batch: cfg.eventsBatch,
 		log: log, counts: counts, nudge: make(chan struct{}, 1),
 	}
-	s := newService(db, cache, events.wake, counts, log)
-	health := newHealth(log, map[string]func(context.Context) error{
-		"postgres":   counts.pingPostgres,
-		"redis":      func(context.Context) error { return cache.ping() },
-		"nats":       events.pingNATS,
-		"clickhouse": events.pingClickHouse,
-	})
-	background, stop := context.WithCancel(context.Background())
-	defer stop()
-	go events.relay(background)
-	go events.drain(background)
-	health.watch(background)
-
+	health := &health{log: log, pings: map[string]func(context.Context) error{
+		"postgres": counts.pingPostgres, "redis": cache.ping, "nats": events.pingNATS, "clickhouse": events.pingClickHouse,
+	}}
 	var closing atomic.Bool
-	handler := (&api{s, health, counts, &closing, log}).routes()
+	api := &api{newService(db, cache, events.wake, counts, log), health, counts, &closing, log}
 	server := &http.Server{
-		Handler:                      handler,
+		Handler:                      api.routes(),
 		ReadHeaderTimeout:            5 * time.Second,
 		ReadTimeout:                  10 * time.Second,
 		WriteTimeout:                 30 * time.Second,
@@ -239,6 +200,10 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		DisableGeneralOptionsHandler: true,
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
+	background := context.WithoutCancel(ctx) // while the last requests are answered, events move on
+	go events.relay(background)
+	go events.drain(background)
+	health.watch(background)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	log.Info("listening", "addr", listener.Addr().String(), "version", versionText())
@@ -247,19 +212,17 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		return err
 	case <-ctx.Done():
 	}
+
 	log.Info("shutting down")
 	closing.Store(true)
 	pause(background, drainDelay)
-	last, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
+	last, cancel := context.WithTimeout(background, shutdownTimeout)
 	defer cancel()
 	err = server.Shutdown(last)
 	// A connection that was accepted while Shutdown looked is known once Serve
 	// has returned: the second call waits for it, too.
 	<-served
-	if err == nil {
-		err = server.Shutdown(last)
-	}
-	if err != nil {
+	if err = errors.Join(err, server.Shutdown(last)); err != nil {
 		log.Warn("requests were still in flight at the end", "err", err)
 	}
 	return nil

@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"context"
+	"database/sql"
+	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
@@ -16,48 +18,33 @@ import (
 	"time"
 )
 
-// dependencies are the four servers, in the order in which /readyz names them.
-var dependencies = []string{"postgres", "redis", "nats", "clickhouse"}
-
 // pingEvery is how often each server is tried; it is up while the last success
 // is less than downAfter ago.
 const pingEvery, downAfter = time.Second, 3 * time.Second
 
 var started = time.Now()
 
-// health is the state of the four servers.
+// health is the state of the servers, by name.
 type health struct {
 	log    *slog.Logger
 	pings  map[string]func(context.Context) error
-	lastOK map[string]*atomic.Int64 // in Unix nanoseconds
+	lastOK sync.Map // name -> time.Time
 }
 
-func newHealth(log *slog.Logger, pings map[string]func(context.Context) error) *health {
-	h := &health{log: log, pings: pings, lastOK: map[string]*atomic.Int64{}}
-	for _, name := range dependencies {
-		h.lastOK[name] = new(atomic.Int64)
-	}
-	return h
-}
-
-// watch tries each server until ctx ends, and logs when one goes or comes back.
+// watch tries each server until ctx ends.
 func (h *health) watch(ctx context.Context) {
 	for name, ping := range h.pings {
 		go func() {
-			for failing := false; ctx.Err() == nil; pause(ctx, pingEvery) {
+			state := state{log: h.log, name: name}
+			for ; ctx.Err() == nil; pause(ctx, pingEvery) {
 				limited, cancel := context.WithTimeout(ctx, downAfter)
 				err := ping(limited)
 				cancel()
 				if err == nil {
-					h.lastOK[name].Store(time.Now().UnixNano())
+					h.lastOK.Store(name, time.Now())
 				}
-				if was := failing; was != (err != nil) {
-					failing = !was
-					if failing {
-						h.log.Warn("dependency is down", "name", name, "err", err)
-					} else {
-						h.log.Info("dependency is up again", "name", name)
-					}
+				if err == nil || !h.up(name) && time.Since(started) > downAfter {
+					state.report(err)
 				}
 			}
 		}()
@@ -65,20 +52,34 @@ func (h *health) watch(ctx context.Context) {
 }
 
 func (h *health) up(name string) bool {
-	return time.Since(time.Unix(0, h.lastOK[name].Load())) < downAfter
+	last, ok := h.lastOK.Load(name)
+	return ok && time.Since(last.(time.Time)) < downAfter
+}
+
+// state is how a part of the service does. Only changes are logged.
+type state struct {
+	log     *slog.Logger
+	name    string
+	failing bool
+}
+
+func (s *state) report(err error) {
+	switch was := s.failing; {
+	case err != nil && !was:
+		s.log.Warn("failing", "name", s.name, "err", err)
+	case err == nil && was:
+		s.log.Info("recovered", "name", s.name)
+	}
+	s.failing = err != nil
 }
 
 // MarshalJSON has one field a server, "up" or "down".
 func (h *health) MarshalJSON() ([]byte, error) {
-	var b bytes.Buffer
-	for _, name := range dependencies {
-		state := "down"
-		if h.up(name) {
-			state = "up"
-		}
-		fmt.Fprintf(&b, ",%q:%q", name, state)
+	fields := map[string]string{}
+	for name := range h.pings {
+		fields[name] = map[bool]string{true: "up", false: "down"}[h.up(name)]
 	}
-	return append(append([]byte{'{'}, b.Bytes()[1:]...), '}'), nil
+	return json.Marshal(fields)
 }
 
 // histogram counts observations by their upper bounds.
@@ -123,11 +124,6 @@ type routeMetrics struct {
 	statuses [600]atomic.Int64
 }
 
-func (r *routeMetrics) observe(status int, took time.Duration) {
-	r.latency.observe(took.Seconds())
-	r.statuses[status].Add(1)
-}
-
 // metrics counts what the service does, for /metrics. Writing it asks nothing
 // of any server: what they know is sampled by the pings.
 type metrics struct {
@@ -166,13 +162,13 @@ FROM outbox`
 
 // pingPostgres asks what waits in the outbox.
 func (m *metrics) pingPostgres(context.Context) error {
-	var rows, age int64
-	err := m.db.queryRow(nil, sampleOutbox, nil, &rows, &age)
-	if err == nil {
-		m.outboxRows.Store(rows)
+	return m.db.query(nil, sampleOutbox, nil, func(rows *sql.Rows) error {
+		var n, age int64
+		err := rows.Scan(&n, &age)
+		m.outboxRows.Store(n)
 		m.outboxAge.Store(age)
-	}
-	return err
+		return err
+	})
 }
 
 // write prints everything in Prometheus' text format.
@@ -196,7 +192,7 @@ func (m *metrics) write(w io.Writer, h *health) error {
 		m.sizes[name].write(&b, "goods_batch_size", fmt.Sprintf("batch=%q", name))
 	}
 	head("goods_dependency_up", "gauge", "Whether the server can be used, 1 or 0.")
-	for _, name := range dependencies {
+	for _, name := range slices.Sorted(maps.Keys(h.pings)) {
 		fmt.Fprintf(&b, "goods_dependency_up{name=%q} %d\n", name, map[bool]int{true: 1}[h.up(name)])
 	}
 	head("goods_build_info", "gauge", "The program, always 1.")

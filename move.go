@@ -23,6 +23,8 @@ type moveRequest struct {
 	to            int32
 }
 
+func (q moveRequest) apart() any { return nil }
+
 // move returns every good that has a new place, in the new order; or the good
 // alone if none has.
 func (s *service) move(ctx context.Context, q moveRequest) ([]place, error) {
@@ -62,12 +64,12 @@ func (s *service) moveGood(requests []moveRequest) ([]result[[]place], error) {
 			return fmt.Errorf("lock priorities: %w", err)
 		}
 		var from, last int32
-		err := s.db.queryRow(tx, findPlace, []any{q.id, q.projectID}, &from, &last)
-		if errors.Is(err, sql.ErrNoRows) {
-			return errGoodNotFound
-		}
+		err := s.db.query(tx, findPlace, []any{q.id, q.projectID}, func(rows *sql.Rows) error { return rows.Scan(&from, &last) })
 		if err != nil {
 			return fmt.Errorf("find place: %w", err)
+		}
+		if from == 0 {
+			return errGoodNotFound
 		}
 		to := min(q.to, last)
 		low, high, step := from, to, -1
@@ -82,22 +84,18 @@ func (s *service) moveGood(requests []moveRequest) ([]result[[]place], error) {
 			return invalid(map[string]string{"newPriority": fmt.Sprintf(
 				"is %d places away from %d: a move spans at most %d, go there in steps", high-low, from, maxMove)})
 		}
-		rows, err := s.db.query(tx, rotateGoods, low, high, q.id, to, step)
+		places = make([]place, high-low+1)
+		err = s.db.query(tx, rotateGoods, []any{low, high, q.id, to, step}, func(rows *sql.Rows) error {
+			var p place
+			var version int32
+			err := rows.Scan(&p.ID, &p.Priority, &version)
+			places[p.Priority-low], replaced = p, append(replaced, newKey(p.ID, version-1))
+			return err
+		})
 		if err != nil {
 			return fmt.Errorf("rotate goods: %w", err)
 		}
-		defer rows.Close()
-		places = make([]place, high-low+1)
-		for rows.Next() {
-			var p place
-			var version int32
-			if err := rows.Scan(&p.ID, &p.Priority, &version); err != nil {
-				return fmt.Errorf("rotate goods: %w", err)
-			}
-			places[p.Priority-low] = p
-			replaced = append(replaced, newKey(p.ID, version-1))
-		}
-		return rows.Err()
+		return nil
 	})
 	var f *failure
 	if errors.As(err, &f) {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"strconv"
 	"sync"
@@ -19,18 +20,18 @@ import (
 
 // database is a pool that prepares each query once, so that running it is one
 // round trip. Queries take no context: lib/pq ends one by dialing a second
-// connection, and a frozen server would hold that, too. What bounds a query is
-// the server's statement_timeout, and the connection's deadlines when the
-// server is silent.
+// connection, which a frozen server would hold, too. The server's
+// statement_timeout bounds a query, and when the server is silent, the
+// deadlines of its connection.
 type database struct {
 	*sql.DB
 	prepared sync.Map // query -> *sql.Stmt
 }
 
 // openPostgres returns a pool of at most conns connections, on which a
-// statement, or the wait for the server, ends after limit. Settings such as
-// "synchronous_commit=off" apply to its sessions. It does not connect.
-func openPostgres(url string, conns int, limit time.Duration, settings ...string) (*database, error) {
+// statement, or the wait for the server, ends after limit, and the wait for a
+// lock earlier. The settings apply to its sessions. It does not connect.
+func openPostgres(url string, conns int, limit time.Duration, settings map[string]string) (*database, error) {
 	cfg, err := pq.NewConfig(url)
 	if err != nil {
 		return nil, err
@@ -45,12 +46,8 @@ func openPostgres(url string, conns int, limit time.Duration, settings ...string
 		"idle_in_transaction_session_timeout": millis(limit),
 		"TimeZone":                            "UTC",
 	}
-	for name, value := range cfg.Runtime {
-		runtime[name] = value
-	}
-	for i := 0; i < len(settings); i += 2 {
-		runtime[settings[i]] = settings[i+1]
-	}
+	maps.Copy(runtime, cfg.Runtime)
+	maps.Copy(runtime, settings)
 	cfg.Runtime = runtime
 	connector, err := pq.NewConnectorConfig(cfg)
 	if err != nil {
@@ -69,10 +66,7 @@ type limitedDialer time.Duration
 
 func (d limitedDialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	c, err := new(net.Dialer).DialContext(ctx, network, address)
-	if err != nil {
-		return nil, err
-	}
-	return &limitedConn{Conn: c, limit: time.Duration(d)}, nil
+	return &limitedConn{Conn: c, limit: time.Duration(d)}, err
 }
 
 func (d limitedDialer) Dial(network, address string) (net.Conn, error) {
@@ -136,18 +130,16 @@ func (db *database) inTx(f func(tx *sql.Tx) error) error {
 	if err := f(tx); err != nil {
 		return err
 	}
-	switch err := tx.Commit(); {
-	case err == nil:
-		return nil
-	case pq.As(err) != nil:
-		return fmt.Errorf("commit: %w", err) // refused by the server
-	default:
-		return fmt.Errorf("commit: %w: %w", errOutcomeUnknown, err)
+	err = tx.Commit()
+	if err != nil && pq.As(err) == nil { // the server has not refused it
+		err = fmt.Errorf("commit: %w: %w", errOutcomeUnknown, err)
 	}
+	return err
 }
 
-// query runs one of this program's constant queries, in tx if that is not nil.
-func (db *database) query(tx *sql.Tx, query string, args ...any) (*sql.Rows, error) {
+// stmt is one of this program's constant queries, to be run in tx if that is
+// not nil.
+func (db *database) stmt(tx *sql.Tx, query string) (*sql.Stmt, error) {
 	stmt, ok := db.prepared.Load(query)
 	if !ok {
 		own, err := db.Prepare(query)
@@ -159,29 +151,28 @@ func (db *database) query(tx *sql.Tx, query string, args ...any) (*sql.Rows, err
 		}
 	}
 	if tx != nil {
-		return tx.Stmt(stmt.(*sql.Stmt)).Query(args...)
+		return tx.Stmt(stmt.(*sql.Stmt)), nil
 	}
-	return stmt.(*sql.Stmt).Query(args...)
+	return stmt.(*sql.Stmt), nil
 }
 
-// queryRow is query for one row, which it scans into dest. Without a row the
-// error is sql.ErrNoRows.
-func (db *database) queryRow(tx *sql.Tx, query string, args []any, dest ...any) error {
-	rows, err := db.query(tx, query, args...)
+// query runs query and calls scan for each row.
+func (db *database) query(tx *sql.Tx, query string, args []any, scan func(rows *sql.Rows) error) error {
+	stmt, err := db.stmt(tx, query)
+	if err != nil {
+		return err
+	}
+	rows, err := stmt.Query(args...)
 	if err != nil {
 		return err
 	}
 	defer rows.Close()
-	if !rows.Next() {
-		if err := rows.Err(); err != nil {
+	for rows.Next() {
+		if err := scan(rows); err != nil {
 			return err
 		}
-		return sql.ErrNoRows
 	}
-	if err := rows.Scan(dest...); err != nil {
-		return err
-	}
-	return rows.Close()
+	return rows.Err()
 }
 
 // unavailable tells "Postgres cannot serve this now" from every other error.
@@ -194,32 +185,30 @@ func unavailable(err error) bool {
 		}
 		return e.Code == pqerror.LockNotAvailable || e.Code == pqerror.ReadOnlySQLTransaction
 	}
-	var netErr net.Error
-	return errors.As(err, &netErr) || errors.Is(err, driver.ErrBadConn) || errors.Is(err, sql.ErrConnDone) ||
-		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
-		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
+	for _, target := range []error{driver.ErrBadConn, sql.ErrConnDone, io.EOF, io.ErrUnexpectedEOF, context.DeadlineExceeded, context.Canceled} {
+		if errors.Is(err, target) {
+			return true
+		}
+	}
+	return errors.As(err, new(net.Error))
 }
 
 // awaitPostgres waits until the server answers, for about patience. A server
 // that answers with a refusal (wrong password, no such database) is an error
 // at once.
 func awaitPostgres(ctx context.Context, db *database, patience time.Duration, log *slog.Logger) error {
-	said := false
-	for start := time.Now(); ; pause(ctx, 250*time.Millisecond) {
+	for n, start := 0, time.Now(); ; n++ {
 		_, err := db.Exec(`SELECT 1`)
-		if err == nil {
-			return nil
-		}
-		if e := pq.As(err); e != nil && (e.Code.Class() == pqerror.ClassInvalidAuthorizationSpecification || e.Code == pqerror.InvalidCatalogName) {
+		if e := pq.As(err); err == nil || e != nil && (e.Code.Class() == pqerror.ClassInvalidAuthorizationSpecification || e.Code == pqerror.InvalidCatalogName) {
 			return err
 		}
 		if took := time.Since(start); took >= patience || ctx.Err() != nil {
 			return fmt.Errorf("no answer in %v: %w", took.Round(100*time.Millisecond), err)
 		}
-		if !said {
-			said = true
+		if n == 0 {
 			log.Warn("waiting for postgres", "patience", patience.String(), "err", err)
 		}
+		pause(ctx, 250*time.Millisecond)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"math"
 	"net/http"
 	"net/url"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -26,32 +27,42 @@ const (
 // input is what a request says, and what is wrong with it. Each getter returns
 // a usable value or notes the fault; fault tells whether there was one.
 type input struct {
-	query url.Values
-	body  map[string]json.RawMessage
-	bad   map[string]string // what is wrong with each bad field
+	query    url.Values
+	body     map[string]json.RawMessage
+	bad      map[string]string // what is wrong with each bad field
+	tooLarge bool
 }
 
 // readInput reads the query, and where fields are named also the body, which
 // must be an object with no other fields.
-func readInput(w http.ResponseWriter, r *http.Request, fields ...string) (*input, error) {
+func readInput(w http.ResponseWriter, r *http.Request, fields ...string) *input {
 	in := &input{bad: map[string]string{}}
 	var err error
 	if in.query, err = url.ParseQuery(r.URL.RawQuery); err != nil {
 		in.bad["query"] = "is malformed"
 	}
 	if len(fields) == 0 {
-		return in, nil
+		return in
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
-	if errors.As(err, new(*http.MaxBytesError)) {
-		return nil, errTooLarge
-	}
 	if err != nil {
+		in.tooLarge = errors.As(err, new(*http.MaxBytesError))
 		in.bad["body"] = "could not be read"
-		return in, nil
+		return in
 	}
 	in.body = in.object(body, fields)
-	return in, nil
+	return in
+}
+
+// fault returns an error if anything is wrong.
+func (in *input) fault() error {
+	if in.tooLarge {
+		return errTooLarge
+	}
+	if len(in.bad) > 0 {
+		return invalid(in.bad)
+	}
+	return nil
 }
 
 // object splits a JSON object into its fields. encoding/json alone would take
@@ -90,38 +101,35 @@ func (in *input) object(body []byte, fields []string) map[string]json.RawMessage
 	return values
 }
 
-// fault returns an error if anything is wrong.
-func (in *input) fault() error {
-	if len(in.bad) > 0 {
-		return invalid(in.bad)
-	}
-	return nil
-}
-
-// number returns a query parameter between 1 and most.
-func (in *input) number(name string, most int32) int32 {
-	values := in.query[name]
-	if len(values) != 1 {
+// number returns a query parameter that must be a positive 32-bit integer.
+func (in *input) number(name string) int32 {
+	if !in.query.Has(name) {
 		in.bad[name] = "is required"
-		if len(values) > 1 {
-			in.bad[name] = "must be given once"
-		}
 		return 0
 	}
-	n, err := strconv.ParseInt(values[0], 10, 32)
-	if err != nil || n < 1 || n > int64(most) || values[0][0] == '+' {
+	return in.numberOr(name, 0, maxInt32)
+}
+
+// numberOr is number for a parameter that may be absent, and has a limit.
+func (in *input) numberOr(name string, absent, most int32) int32 {
+	switch values := in.query[name]; len(values) {
+	case 0:
+		return absent
+	case 1:
+		return in.parse(name, values[0], most)
+	}
+	in.bad[name] = "must be given once"
+	return 0
+}
+
+// parse returns a number from 1 to most, in digits only.
+func (in *input) parse(name, digits string, most int32) int32 {
+	n, err := strconv.ParseInt(digits, 10, 32)
+	if err != nil || n < 1 || n > int64(most) || digits[0] == '+' {
 		in.bad[name] = fmt.Sprintf("must be an integer from 1 to %d", most)
 		return 0
 	}
 	return int32(n)
-}
-
-// numberOr is number with a default for a parameter that is absent.
-func (in *input) numberOr(name string, absent, most int32) int32 {
-	if !in.query.Has(name) {
-		return absent
-	}
-	return in.number(name, most)
 }
 
 // text returns a field of at most the given number of characters, or nil when
@@ -143,33 +151,13 @@ func (in *input) text(name string, most int) *string {
 	return &s
 }
 
+var surrogatePair, surrogate = regexp.MustCompile(`(?i)\\ud[89ab]..\\ud[c-f]..`), regexp.MustCompile(`(?i)\\ud[89a-f]`)
+
 // loneSurrogate reports whether a JSON string has the escape of one half of a
 // surrogate pair, which encoding/json would replace by U+FFFD.
 func loneSurrogate(raw []byte) bool {
-	unit := func(i int) (rune, bool) {
-		if i+6 > len(raw) || raw[i] != '\\' || raw[i+1] != 'u' {
-			return 0, false
-		}
-		n, err := strconv.ParseUint(string(raw[i+2:i+6]), 16, 16)
-		return rune(n), err == nil
-	}
-	for i := 0; i < len(raw); i++ {
-		if raw[i] != '\\' {
-			continue
-		}
-		high, _ := unit(i)
-		if high>>10 == 0xDC00>>10 {
-			return true
-		}
-		if high>>10 == 0xD800>>10 {
-			if low, _ := unit(i + 6); low>>10 != 0xDC00>>10 {
-				return true
-			}
-			i += 6
-		}
-		i++ // past the escaped character, which may be another backslash
-	}
-	return false
+	raw = bytes.ReplaceAll(raw, []byte(`\\`), []byte(" ")) // an escaped backslash escapes nothing
+	return surrogate.Match(surrogatePair.ReplaceAll(raw, nil))
 }
 
 // missing notes that a field is absent, unless the whole body is unreadable.
@@ -199,12 +187,7 @@ func (in *input) integer(name string) int32 {
 		in.missing(name)
 		return 0
 	}
-	n, err := strconv.ParseInt(string(raw), 10, 32)
-	if err != nil || n < 1 {
-		in.bad[name] = fmt.Sprintf("must be an integer from 1 to %d", maxInt32)
-		return 0
-	}
-	return int32(n)
+	return in.parse(name, string(raw), maxInt32)
 }
 
 // idempotencyKey returns the header of that name, or "" when it is absent.
