@@ -1,9 +1,9 @@
 FROM golang:1.26-bookworm AS go
 
-# What `make test` runs in: Go and the four servers.
+# What `make test` and its kin run in: Go, the four servers, and what the linters and the benchmark need.
 FROM go AS test
 COPY scripts/servers.sh /usr/local/bin/
-RUN servers.sh install && rm -rf /var/lib/apt/lists/*
+RUN servers.sh install && servers.sh install wrk shellcheck prometheus && rm -rf /var/lib/apt/lists/*
 
 FROM go AS build
 WORKDIR /src
@@ -11,15 +11,14 @@ WORKDIR /src
 COPY go.mod go.sum ./
 RUN --mount=type=cache,target=/go/pkg/mod go mod download
 COPY . .
+ARG VERSION=dev
+ARG REVISION=
 # HTTP/2 is left out: Go speaks it only over TLS, which ends before the service.
 RUN --mount=type=cache,target=/go/pkg/mod --mount=type=cache,target=/root/.cache/go-build \
-    CGO_ENABLED=0 go build -trimpath -tags nethttpomithttp2 -ldflags='-s -w' -o /goods .
+    CGO_ENABLED=0 go build -trimpath -tags nethttpomithttp2 \
+    -ldflags="-s -w -X main.version=$VERSION${REVISION:++$REVISION}" -o /goods .
 
 FROM scratch
-ARG VERSION=
-LABEL org.opencontainers.image.title="goods" \
-      org.opencontainers.image.description="Goods in order of priority, over HTTP" \
-      org.opencontainers.image.version="$VERSION"
 # For servers that are reached over TLS.
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/
 COPY --from=build /goods /goods
@@ -27,5 +26,13 @@ COPY --from=build /goods /goods
 USER 65532:65532
 EXPOSE 8080
 # The image has no shell and no curl. The start period covers a minute of waiting for Postgres.
-HEALTHCHECK --interval=5s --timeout=3s --start-period=70s CMD ["/goods", "healthcheck"]
+HEALTHCHECK --interval=5s --timeout=3s --start-period=70s --start-interval=1s CMD ["/goods", "healthcheck"]
 ENTRYPOINT ["/goods"]
+# Last, as they change with every commit.
+ARG VERSION=dev
+ARG REVISION=
+LABEL org.opencontainers.image.title="goods" \
+      org.opencontainers.image.description="An ordered list of goods over HTTP" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION"
