@@ -3,43 +3,34 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-address=${HTTP_ADDR:-:8080}
-address=${address/#:/localhost:}
-address=${address/#0.0.0.0:/localhost:}
-
-die() {
-    echo "demo.sh: $*" >&2
-    exit 1
-}
+die() { echo "demo.sh: $*" >&2; exit 1; }
 
 step() { printf '# %s\n\n' "$*"; }
 
-# call sends method $1, path $2 and body $3 as a person would, and shows both sides. The reply is left in $reply.
+between='},{' apart=$'},\n  {' # goods in a list
+
+# call runs curl with these arguments, one of them a path, and shows both sides. The reply is left in $reply.
 call() {
-    local args=() shown=
-    if [[ $1 != GET && $1 != POST ]]; then # what curl does by itself
-        args+=(-X "$1")
-        shown=" -X $1"
-    fi
-    if [[ ${3-} ]]; then
-        args+=(-d "$3")
-        shown+=" -d '$3'"
-    fi
-    echo "\$ curl$shown '$address$2'"
-    reply=$(curl -sS --max-time 10 "${args[@]+"${args[@]}"}" "$address$2") || die "no answer"
-    sed '/"goods":\[{/ { s//"goods":[\n  {/; s/},{/},\n  {/g; s/}\]}$/}\n]}/ }' <<<"$reply"
-    echo
+    local arg args=() shown='$ curl'
+    for arg; do
+        [[ $arg != /* ]] || arg=$address$arg
+        args+=("$arg")
+        case $arg in -? | PATCH | DELETE) shown+=" $arg" ;; *) shown+=" '$arg'" ;; esac
+    done
+    echo "$shown"
+    reply=$(curl -sS --max-time 10 "${args[@]}") || die "no answer"
+    printf '%s\n\n' "${reply//$between/$apart}"
 }
 
 # field prints a number of the last reply.
 field() {
-    [[ $reply == *"\"$1\":"* ]] || die "the service can not do that now: is Postgres up?"
-    sed -nE "s/.*\"$1\":([0-9]+).*/\1/p" <<<"$reply"
+    [[ $reply =~ \"$1\":([0-9]+) ]] || die "the service cannot do that now: is Postgres up?"
+    echo "${BASH_REMATCH[1]}"
 }
 
 # query asks the service's ClickHouse.
 query() {
-    if [[ $docker ]]; then
+    if [[ $published ]]; then
         docker compose exec -T clickhouse sh -c \
             'clickhouse-client --user "$CLICKHOUSE_USER" --password "$CLICKHOUSE_PASSWORD" --database "$CLICKHOUSE_DB"' <<<"$1"
     else
@@ -48,50 +39,53 @@ query() {
 }
 
 command -v curl >/dev/null || scripts/servers.sh install curl
+published=
+[[ ${NATIVE-} ]] || published=$($(command -v timeout >/dev/null && echo timeout 5) docker compose port goods 8080 2>/dev/null) || true
+address=${published:-${HTTP_ADDR:-:8080}}
+address=${address/#:/localhost:}
+address=${address/#0.0.0.0:/localhost:}
 curl -fsS --max-time 5 "$address/healthz" >/dev/null 2>&1 ||
     die "nothing answers at $address: start the service with make run, in another terminal"
-docker=
-if command -v docker >/dev/null && [[ $(timeout 5 docker compose ps --quiet --status running goods 2>/dev/null) ]]; then
-    docker=1
-fi
 
 step "Is everything there?"
-call GET /readyz
+call /readyz
 
-step "Three new goods. Each stands last: its priority is its position in the list of all goods."
-call POST '/goods/create?projectId=1' '{"name":"Hammer"}'
+step "New goods go to the end: a good's priority is its position in the list of all goods."
+call -d '{"name":"Hammer"}' '/goods/create?projectId=1'
 hammer=$(field id) first=$(field priority)
-call POST '/goods/create?projectId=1' '{"name":"Saw","description":"for wood"}'
+call -d '{"name":"Saw","description":"for wood"}' '/goods/create?projectId=1'
 saw=$(field id)
-call POST '/goods/create?projectId=1' '{"name":"Drill"}'
+
+step "With an Idempotency-Key a create can be repeated: the second call makes nothing, and answers 200 with the same good."
+for key in "demo-$hammer"{,}; do
+    call -w '%{http_code}\n' -H "Idempotency-Key: $key" -d '{"name":"Drill"}' '/goods/create?projectId=1'
+done
 drill=$(field id)
 
-step "The drill moves to the hammer's place. The goods between make room, and the answer names all that moved."
-call PATCH "/goods/reprioritize?id=$drill&projectId=1" "{\"newPriority\":$first}"
+step "The drill moves to the hammer's place. The goods between make room, and the reply names all that moved."
+call -X PATCH -d "{\"newPriority\":$first}" "/goods/reprioritize?id=$drill&projectId=1"
 
 step "The hammer gets a new name and a description."
-call PATCH "/goods/update?id=$hammer&projectId=1" '{"name":"Claw hammer","description":"500 g"}'
+call -X PATCH -d '{"name":"Claw hammer","description":"500 g"}' "/goods/update?id=$hammer&projectId=1"
 
-step "The saw is removed. It stays in the list, and keeps its place, but can not be changed any more."
-call DELETE "/goods/remove?id=$saw&projectId=1"
-call PATCH "/goods/update?id=$saw&projectId=1" '{"name":"Chainsaw"}'
+step "The saw is removed. It stays in the list and keeps its place, but cannot be changed any more."
+call -X DELETE "/goods/remove?id=$saw&projectId=1"
+call -X PATCH -d '{"name":"Chainsaw"}' "/goods/update?id=$saw&projectId=1"
 
 step "The list, from the drill on."
-call GET "/goods/list?limit=3&offset=$first"
+call "/goods/list?limit=3&offset=$first"
 
 step "A bad request is told everything that is wrong with it."
-call POST '/goods/create?projectId=0' '{"name":" ","colour":"red"}'
+call -d '{"name":" ","colour":"red"}' '/goods/create?projectId=0'
 
 step "ClickHouse has every version of each of the three."
-events=0
-for ((i = 0; i < 100 && events < 8; i++)); do
+for ((i = 0; i < 100; i++)); do
     events=$(query "SELECT count() FROM goods_log FINAL WHERE Id IN ($hammer, $saw, $drill)") || die "ClickHouse does not answer"
-    [[ $events =~ ^[0-9]+$ ]] || die "ClickHouse says: $events"
+    [[ $events != 8 ]] || break
     sleep 0.2
 done
-((events >= 8)) || die "ClickHouse has $events of 8 events after 20 seconds; what does $address/readyz say?"
+[[ $events == 8 ]] || die "ClickHouse says ${events:-nothing}; 8 events are due. What does $address/readyz say?"
 history="SELECT Id, Version, EventTime, Name, Description, Priority, Removed FROM goods_log FINAL
 WHERE Id IN ($hammer, $saw, $drill) ORDER BY Id, Version"
-echo "$history"
-echo
+printf '%s\n\n' "$history"
 query "$history FORMAT PrettyCompactNoEscapes"

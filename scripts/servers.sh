@@ -31,10 +31,7 @@ base=${SERVERS_PORT:-15430}
 # Debian keeps two of the servers where only root's PATH looks.
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
-die() {
-    echo "servers.sh: $*" >&2
-    exit 1
-}
+die() { echo "servers.sh: $*" >&2; exit 1; }
 
 command=${1:-help}
 [[ $command != stop && $command != clean || -e $dir ]] || exit 0
@@ -244,10 +241,7 @@ answers() {
 # ---- commands
 
 # report fails with message $2 and what server $1 said last.
-report() {
-    tail -n 5 "$dir/$1.log" >&2 || true
-    die "$1: $2; its log is $dir/$1.log"
-}
+report() { die "$1: $2; its log, $dir/$1.log, ends:"$'\n'"$(tail -n 5 "$dir/$1.log")"; }
 
 start_server() {
     local name=$1 pid port began=$SECONDS
@@ -295,17 +289,6 @@ stop_server() {
 
 pause_server() { signal "$1" STOP; }
 resume_server() { signal "$1" CONT; }
-
-status_server() {
-    local pid
-    if ! pid=$(pid_of "$1"); then
-        echo "$1: stopped"
-    elif answers "$1"; then
-        echo "$1: running, pid $pid, ${url[$1]}"
-    else
-        echo "$1: does not answer, pid $pid, log $dir/$1.log"
-    fi
-}
 
 # each runs function $1 for every server named, side by side, and fails when one of them fails. It holds the server's
 # lock, so that two makes at once do not both initialise it.
@@ -355,7 +338,14 @@ start)
     each start_server "${servers[@]}"
     ;;
 stop | pause | resume) ! ours || each "${command}_server" "${servers[@]}" ;;
-status) for name in "${servers[@]}"; do status_server "$name"; done ;;
+status)
+    for name in "${servers[@]}"; do
+        pid=$(pid_of "$name") || { echo "$name: stopped" && continue; }
+        state="does not answer, pid $pid, log $dir/$name.log"
+        ! answers "$name" || state="running, pid $pid, ${url[$name]}"
+        echo "$name: $state"
+    done
+    ;;
 env) for name in "${servers[@]}"; do echo "export ${name^^}_URL='${url[$name]}'"; done ;;
 clean)
     ours || die "$dir was not made by this script; nothing deleted"
