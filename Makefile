@@ -1,179 +1,118 @@
 # Targets that run the service or its tests use Docker where a daemon answers, and otherwise the servers that
 # scripts/servers.sh starts on this machine. NATIVE=1 always means the latter.
+#
+# GNU make 3.81 runs every line of a recipe in a shell of its own, so most recipes are one line, under `set -e`.
 
 SHELL := bash
-.SHELLFLAGS := -euo pipefail -c
-.ONESHELL:
-.SILENT:
 MAKEFLAGS += --no-print-directory
+.SILENT:
 
-NATIVE ?=
-HTTP_ADDR ?= :8080
-TESTFLAGS ?=
-MINUTES ?= 5
-FUZZTIME ?= 30s
+NATIVE =
+TESTFLAGS =
+MINUTES = 5
+FUZZTIME = 30s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
-REDOCLY = @redocly/cli@1.34.5
 
-export HTTP_ADDR
+export VERSION := $(shell git describe --tags --dirty 2>/dev/null || echo dev)
+export REVISION := $(shell git rev-parse HEAD 2>/dev/null)
 
-# Whether to use Docker, as a shell condition. A daemon that hangs must not hang make.
-docker = [[ ! "$(NATIVE)" ]] && timeout 5 docker info >/dev/null 2>&1 && docker compose version >/dev/null 2>&1
-
-# Starts the servers of this machine and exports their URLs. What was exported before wins over them.
-servers = scripts/servers.sh start; exported=$$(export -p); eval "$$(scripts/servers.sh env)"; eval "$$exported"
+# Whether to use Docker, as a shell condition. A daemon that hangs must not hang make, where there is timeout.
+within = $$(command -v timeout >/dev/null && echo timeout 5)
+docker = test -z '$(NATIVE)' && $(within) docker compose version >/dev/null 2>&1 && $(within) docker info >/dev/null 2>&1
 
 # Runs the target again in a container that has Go and the four servers, when there is Docker. In one container rather
 # than against compose.yaml, because tests pause, kill and empty servers of their own.
-contained = if $(docker); then \
-	docker build --target test --tag goods-test . ; \
-	exec docker run --rm --init --volume "$(CURDIR):/src" --workdir /src \
+contained = set -e; if $(docker); then \
+	docker build --target test --tag goods-test .; \
+	exec docker run --rm --init --volume '$(CURDIR):/src' --workdir /src \
 		--volume goods-mod:/go/pkg/mod --volume goods-build:/root/.cache/go-build \
-		--env GOFLAGS=-buildvcs=false goods-test make $@ NATIVE=1 $(MAKEOVERRIDES); fi
+		--env GOFLAGS=-buildvcs=false goods-test make $@ NATIVE=1 $(MAKEOVERRIDES); fi;
+
+# Starts the servers of this machine and exports their URLs. What was exported before wins over them.
+servers = scripts/servers.sh start; given=$$(export -p); eval "$$(scripts/servers.sh env)"; eval "$$given";
 
 # Go's race detector needs a C compiler.
-compiler = command -v cc >/dev/null || scripts/servers.sh install gcc libc6-dev
+compiler = command -v cc >/dev/null || scripts/servers.sh install gcc libc6-dev;
 
 # A git that refuses this folder (another owner) would otherwise fail the build.
-GOBUILD = CGO_ENABLED=0 go build -trimpath -buildvcs=$$(git status >/dev/null 2>&1 && echo true || echo false)
-
-# Runs command $(1) until it ends or Ctrl-C ends it, and leaves its exit status in $$status. With job control the
-# command has the terminal for itself: Ctrl-C then does not reach make, which would end with an error.
-define foreground
-status=0
-if [[ -t 0 ]]; then
-	set -m
-	( trap exit INT; $(1) ) || status=$$? # a command that Ctrl-C kills would take this shell with it
-else
-	$(1) &
-	trap "kill -s TERM $$! 2>/dev/null" INT TERM
-	wait $$! || wait $$! || status=$$? # the first one ends early when a signal comes
-fi
-endef
+gobuild = CGO_ENABLED=0 go build -trimpath -buildvcs=$$(git status >/dev/null 2>&1 && echo true || echo false) \
+	-ldflags '-X main.version=$(VERSION)' -o goods .
 
 # Says where the service answers.
-define hello
-address=$${HTTP_ADDR/#:/localhost:}
-echo
-echo "goods answers at http://$$address; try:"
-echo "  curl -d '{\"name\":\"first\"}' '$$address/goods/create?projectId=1'"
-echo
-endef
+hello = printf '\n%s\n%s\n\n' "goods answers at http://$$address; try:" \
+	"  curl -d '{\"name\":\"first\"}' '$$address/goods/create?projectId=1'"
 
-.PHONY: help
-help: ## print the targets
+.PHONY: help run up down clean env build test faults soak bench fuzz lint demo migrate-postgres migrate-clickhouse
+
+help: ## list the targets
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-20s %s\n", $$1, $$2 }'
 
-.PHONY: run
 run: ## start the servers, build and run the service on :8080; Ctrl-C ends the service
-	if $(docker); then
-		export HTTP_ADDR=:8080 # the port that compose.yaml publishes
-		docker compose up --build --detach --wait
-		$(hello)
-		$(call foreground,docker compose logs --follow --since 1s goods)
-		docker compose stop goods
-		exit
-	fi
-	$(servers)
-	$(GOBUILD) -o goods .
-	# Not at once: when its port is taken, the service has ended by then, and what answers is another.
-	( sleep 0.3; until ./goods healthcheck >/dev/null 2>&1; do sleep 0.2; done; $(hello) ) & disown
-	greeting=$$!
-	$(call foreground,./goods)
-	kill $$greeting 2>/dev/null || true
-	exit $$status
+	set -e; if $(docker); then \
+		docker compose up --build --detach --wait; \
+		address=$$(docker compose port goods 8080); $(hello); \
+		docker compose logs --follow --since 1s goods & logs=$$!; \
+		trap "kill $$logs 2>/dev/null" INT TERM; wait $$logs || true; \
+		docker compose stop goods; exit; \
+	fi; \
+	$(servers) $(gobuild); \
+	address=$${HTTP_ADDR:-:8080}; address=$${address/#:/localhost:}; \
+	( ( sleep 0.3; until ./goods healthcheck 2>/dev/null; do kill -0 $$$$ || exit; sleep 0.2; done; $(hello) ) 2>/dev/null & ); \
+	exec ./goods
 
-.PHONY: up
 up: ## start the servers only
-	if $(docker); then
-		docker compose up --detach --wait postgres redis nats clickhouse
-	else
-		scripts/servers.sh start
-	fi
+	set -e; if $(docker); then docker compose up --detach --wait postgres redis nats clickhouse; \
+	else scripts/servers.sh start; fi
 
-.PHONY: down
 down: ## stop the servers, keep their data
-	if $(docker); then docker compose down; fi
-	scripts/servers.sh stop
+	set -e; if $(docker); then docker compose down; fi; scripts/servers.sh stop
 
-.PHONY: clean
 clean: ## stop the servers, delete their data and what was built
-	if $(docker); then
-		docker compose down --volumes
-		docker volume rm --force goods-mod goods-build >/dev/null
-	fi
-	scripts/servers.sh clean
-	rm -f goods
+	set -e; if $(docker); then \
+		docker compose down --volumes; docker volume rm --force goods-mod goods-build >/dev/null; \
+	fi; scripts/servers.sh clean; rm -f goods
 
-.PHONY: env
 env: ## print the URLs of this machine's servers, for eval
 	scripts/servers.sh env
 
-.PHONY: build
 build: ## build ./goods
-	$(GOBUILD) -o goods .
+	$(gobuild)
 
-.PHONY: test
 test: ## run the tests with the race detector; TESTFLAGS='-run Name -v'
-	$(contained)
-	$(compiler)
-	$(servers)
-	go test -race -count=1 -parallel=4 -timeout=10m $(TESTFLAGS) ./...
+	$(contained) $(compiler) $(servers) \
+	go test -race -count=1 -timeout=5m $(TESTFLAGS) .; \
+	cd test; go test -race -count=1 -timeout=10m $(TESTFLAGS) $$(go list ./... | grep -vE '/(faults|bench)$$')
 
-# Without the race detector: its price would hide what clients see. The soak has it.
-.PHONY: faults
+# Without the race detector: its price would hide what clients see.
 faults: ## break every server, and the service, under load; prints what clients saw
-	$(contained)
-	$(servers)
-	go test -count=1 -parallel=4 -timeout=10m -tags faults -run TestFaults -v $(TESTFLAGS) .
+	$(contained) $(servers) cd test; go test -count=1 -timeout=15m -v $(TESTFLAGS) ./faults
 
-.PHONY: lint
-lint: ## gofmt, go vet, staticcheck, Redocly, promtool; shellcheck where it is installed
-	unformatted=$$(gofmt -l .)
-	[[ ! "$$unformatted" ]] || { echo "not formatted with gofmt:" $$unformatted; exit 1; }
-	go vet -tags bench,soak ./...
-	go run $(STATICCHECK) -tags bench,soak ./...
-	command -v npx >/dev/null || scripts/servers.sh install npm
-	REDOCLY_TELEMETRY=off REDOCLY_SUPPRESS_UPDATE_NOTICE=true npx --yes $(REDOCLY) lint --skip-rule info-license openapi.yaml
-	command -v promtool >/dev/null || scripts/servers.sh install prometheus
-	promtool check metrics <testdata/metrics.txt
-	promtool check rules deploy/alerts.yaml
-	if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run; fi
+soak: ## break servers at random under load, for MINUTES=5
+	$(contained) $(servers) cd test; MINUTES=$(MINUTES) go test -count=1 -timeout=0 -v $(TESTFLAGS) ./faults
 
-.PHONY: bench
-bench: ## measure throughput and latency; BENCH='lists large writes alone events memory' picks parts, 'sustained' writes for MINUTES=5
-	$(contained)
-	$(servers)
-	scripts/servers.sh install wrk
-	MINUTES=$(MINUTES) go test -count=1 -timeout=$$(($(MINUTES) + 15))m -tags bench -run TestBench # no package: its output comes at once, and always
+bench: ## measure throughput and latency
+	$(contained) $(servers) scripts/servers.sh install wrk; cd test; go test -count=1 -timeout=30m -v $(TESTFLAGS) ./bench
 
-.PHONY: soak
-soak: ## run mixed load and faults for MINUTES=5
-	$(contained)
-	$(compiler)
-	$(servers)
-	SOAK=$(MINUTES)m go test -race -count=1 -timeout=0 -tags soak -run TestSoak -v .
-
-.PHONY: fuzz
 fuzz: ## run each fuzz target for FUZZTIME=30s
-	$(contained)
-	$(servers)
-	for target in $$(grep -hoE '^func Fuzz\w+' *_test.go | cut -c 6-); do
-		go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x .
+	$(contained) $(servers) \
+	for target in $$(grep -hoE '^func Fuzz[A-Za-z0-9]+' *_test.go | cut -c 6-); do \
+		go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x .; \
 	done
 
-.PHONY: demo
+lint: ## gofmt, go vet, staticcheck, shellcheck, promtool
+	$(contained) \
+	unformatted=$$(gofmt -l .); \
+	if test -n "$$unformatted"; then echo "not formatted with gofmt:" $$unformatted; exit 1; fi; \
+	for module in . test; do (cd $$module; go vet ./...; go run $(STATICCHECK) ./...); done; \
+	{ command -v shellcheck && command -v promtool; } >/dev/null || scripts/servers.sh install shellcheck prometheus; \
+	shellcheck scripts/*.sh .ci/run; \
+	promtool check rules deploy/alerts.yaml
+
 demo: ## show the API on a running service
 	scripts/demo.sh
 
-.PHONY: migrate-postgres migrate-clickhouse
 migrate-postgres: ## apply sql/postgres now
 migrate-clickhouse: ## apply sql/clickhouse now
 migrate-postgres migrate-clickhouse: migrate-%:
-	if $(docker); then
-		docker compose run --rm --build goods migrate $*
-		exit
-	fi
-	$(servers)
-	$(GOBUILD) -o goods .
-	./goods migrate $*
+	set -e; if $(docker); then exec docker compose run --rm --build goods migrate $*; fi; \
+	$(servers) $(gobuild); ./goods migrate $*
