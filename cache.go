@@ -45,8 +45,6 @@ type cache struct {
 	emptied time.Time // the last time that local was
 }
 
-var errCachePaused = errors.New("redis failed a moment ago")
-
 func newCache(url, namespace string, counts *metrics) *cache {
 	c := &cache{prefix: fmt.Sprintf("%s:%d:", namespace, cacheFormat), counts: counts}
 	c.pool = &redis.Pool{
@@ -57,7 +55,7 @@ func newCache(url, namespace string, counts *metrics) *cache {
 		// is gone: better a new one than a failure for each of them.
 		TestOnBorrow: func(_ redis.Conn, used time.Time) error {
 			if used.UnixNano() < c.failedAt.Load() {
-				return errCachePaused
+				return errors.New("older than a failure")
 			}
 			return nil
 		},
@@ -88,7 +86,7 @@ func (c *cache) get(keys []key) [][]byte {
 		}
 		commands = append(commands, names)
 	}
-	replies, _ := c.do("MGET", commands)
+	replies := c.do("MGET", commands)
 	for n, chunk := range replies {
 		texts, _ := redis.ByteSlices(chunk, nil)
 		for j, text := range texts {
@@ -162,33 +160,33 @@ func (c *cache) ping(context.Context) error {
 	return err
 }
 
-// do has Redis run a command once for each list of arguments, unless it failed
-// a moment ago.
-func (c *cache) do(command string, arguments [][]any) ([]any, error) {
+// do has Redis run a command once for each list of arguments, and returns no
+// replies if Redis fails, or failed a moment ago.
+func (c *cache) do(command string, arguments [][]any) []any {
 	if len(arguments) == 0 || time.Since(time.Unix(0, c.failedAt.Load())) < cachePause {
-		return nil, errCachePaused
+		return nil
 	}
-	return c.exchange(command, arguments)
+	replies, err := c.exchange(command, arguments)
+	if err != nil {
+		c.counts.cacheErrors.Add(1)
+		c.failedAt.Store(time.Now().UnixNano())
+	}
+	return replies
 }
 
 func (c *cache) exchange(command string, arguments [][]any) (replies []any, err error) {
 	conn := c.pool.Get()
 	defer conn.Close()
-	for i := 0; i < len(arguments) && err == nil; i++ {
-		err = conn.Send(command, arguments[i]...)
+	for _, a := range arguments {
+		_ = conn.Send(command, a...) // its error stays with the connection
 	}
-	if err == nil {
-		err = conn.Flush()
-	}
-	for len(replies) < len(arguments) && err == nil {
-		var reply any
-		if reply, err = conn.Receive(); err == nil {
+	err = conn.Flush()
+	for range arguments {
+		if err == nil {
+			var reply any
+			reply, err = conn.Receive()
 			replies = append(replies, reply)
 		}
-	}
-	if err != nil {
-		c.counts.cacheErrors.Add(1)
-		c.failedAt.Store(time.Now().UnixNano())
 	}
 	return replies, err
 }

@@ -18,14 +18,12 @@ import (
 )
 
 const (
-	relayBatch   = 500         // events claimed in one transaction
-	relayPoll    = time.Second // on average; a nudge comes earlier
+	relayBatch   = 500         // events claimed in one transaction, or one batch of them
+	relayPoll    = time.Second // at most; a nudge comes earlier
 	relaySettle  = 20 * time.Millisecond
 	maxMessage   = 256 << 10       // bytes of events in one message, but for a single larger one
 	eventTimeout = 5 * time.Second // for one exchange with ClickHouse, or one statement of Postgres
 	natsTimeout  = 2 * time.Second // for one answer of NATS; what is then sent again is a repeat
-	fetchWait    = 2 * time.Second // for a message to come
-	batchWait    = time.Second     // for a batch to fill
 	ackWait      = 10 * time.Second
 	lostAfter    = 30 * time.Second
 	retryFirst   = 100 * time.Millisecond
@@ -34,7 +32,6 @@ const (
 )
 
 // event is one version of a good, as it travels from the outbox to ClickHouse.
-// A message of NATS is a JSON array of events.
 type event struct {
 	Outbox      int64     `json:"outbox"` // the row to delete once ClickHouse holds the event
 	ID          int32     `json:"id"`
@@ -47,13 +44,8 @@ type event struct {
 	Time        time.Time `json:"time"`
 }
 
-// valid tells an event from whatever else may be published on the subject.
-func (e *event) valid() bool {
-	year := e.Time.Year() // ClickHouse counts 32-bit seconds from 1970
-	return e.Outbox > 0 && e.ID > 0 && e.ProjectID > 0 && e.Version > 0 && year >= 1970 && year < 2106
-}
-
-// pipeline moves events from the outbox through NATS into ClickHouse. An
+// pipeline moves events from the outbox through NATS into ClickHouse: a
+// message is one batch, a JSON array of events, and becomes one INSERT. An
 // outbox row goes only when ClickHouse holds its event, so NATS may lose
 // everything: what is still in the outbox travels again. Repeats are harmless,
 // so it may be killed anywhere.
@@ -64,14 +56,13 @@ type pipeline struct {
 	clickhouse clickhouse.Conn
 	namespace  string
 	replicas   int
-	batch      int // events in one INSERT
+	batch      int // events in one message
 	log        *slog.Logger
 	counts     *metrics
 	nudge      chan struct{} // holds one: there is something to relay
 }
 
-func (p *pipeline) stream() string  { return strings.ToUpper(p.namespace) }
-func (p *pipeline) subject() string { return p.namespace + ".events" }
+func (p *pipeline) stream() string { return strings.ToUpper(p.namespace) }
 
 // wake tells the relay that something was written. It never blocks.
 func (p *pipeline) wake() {
@@ -100,9 +91,9 @@ func (p *pipeline) pingClickHouse(ctx context.Context) error {
 func (p *pipeline) relay(ctx context.Context) {
 	state := state{log: p.log, name: "relay"}
 	for ctx.Err() == nil {
-		n, err := p.publish(ctx)
+		more, err := p.publish()
 		state.report(err)
-		if err == nil && n == relayBatch {
+		if more {
 			continue
 		}
 		nudge := p.nudge
@@ -113,13 +104,14 @@ func (p *pipeline) relay(ctx context.Context) {
 		case <-ctx.Done():
 		case <-nudge:
 			pause(ctx, relaySettle) // one write seldom comes alone
-		case <-time.After(relayPoll/2 + rand.N(relayPoll)):
+		case <-time.After(relayPoll/2 + rand.N(relayPoll/2)):
 		}
 	}
 }
 
 const claimEvents = `
-SELECT id, good_id, project_id, name, description, priority, removed, version, event_time
+SELECT id, good_id, project_id, name, description, priority, removed, version, event_time,
+       event_time < clock_timestamp() - interval '1 second'
 FROM outbox
 WHERE published_at IS NULL
 ORDER BY id
@@ -131,39 +123,47 @@ UPDATE outbox
 SET published_at = clock_timestamp()
 WHERE id = ANY ($1)`
 
-// publish claims, publishes and marks one batch, and returns its size. The
-// rows stay locked until NATS has acknowledged all of them.
-func (p *pipeline) publish(ctx context.Context) (int, error) {
+// publish claims, publishes and marks events, and tells whether there may be
+// more. The rows stay locked until NATS has acknowledged all of them. Fewer
+// than a batch are left for a second, for others to join them.
+func (p *pipeline) publish() (more bool, err error) {
 	if !p.nats.IsConnected() {
-		return 0, nats.ErrDisconnected
+		return false, nats.ErrDisconnected
 	}
-	var events []event
-	var ids pq.Int64Array
-	err := p.db.inTx(func(tx *sql.Tx) error {
-		err := p.db.query(tx, claimEvents, []any{relayBatch}, func(rows *sql.Rows) error {
+	claimed := 0
+	most := max(relayBatch/p.batch, 1) * p.batch
+	err = p.db.inTx(func(tx *sql.Tx) error {
+		var events []event
+		var ids pq.Int64Array
+		anyDue := false
+		err := p.db.query(tx, claimEvents, []any{most}, func(rows *sql.Rows) error {
 			var e event
-			err := rows.Scan(&e.Outbox, &e.ID, &e.ProjectID, &e.Name, &e.Description, &e.Priority, &e.Removed, &e.Version, &e.Time)
-			events, ids = append(events, e), append(ids, e.Outbox)
+			var due bool
+			err := rows.Scan(&e.Outbox, &e.ID, &e.ProjectID, &e.Name, &e.Description, &e.Priority, &e.Removed, &e.Version, &e.Time, &due)
+			events, ids, anyDue = append(events, e), append(ids, e.Outbox), anyDue || due
 			return err
 		})
+		claimed = len(events)
+		if !anyDue {
+			events = events[:claimed-claimed%p.batch]
+		}
 		if err != nil || len(events) == 0 {
 			return err
 		}
-		if err := p.send(ctx, events); err != nil {
+		if err := p.send(events); err != nil {
 			return fmt.Errorf("publish: %w", err)
 		}
-		return p.db.query(tx, markPublished, []any{ids}, nil)
+		p.counts.published.Add(int64(len(events)))
+		return p.db.query(tx, markPublished, []any{ids[:len(events)]}, nil)
 	})
-	return len(events), err
+	return err == nil && claimed == most, err
 }
 
 // send publishes events and waits until NATS has acknowledged each message.
-func (p *pipeline) send(ctx context.Context, events []event) error {
+func (p *pipeline) send(events []event) error {
 	var acks []jetstream.PubAckFuture
-	all := len(events)
 	for len(events) > 0 {
-		message := []byte{'['}
-		n := 0
+		message, n := []byte{'['}, 0
 		for ; n < min(len(events), p.batch); n++ {
 			text, err := json.Marshal(events[n])
 			if err != nil {
@@ -176,7 +176,7 @@ func (p *pipeline) send(ctx context.Context, events []event) error {
 		}
 		message[len(message)-1] = ']'
 		id := fmt.Sprintf("%d-%d", events[0].Outbox, events[n-1].Outbox)
-		ack, err := p.js.PublishAsync(p.subject(), message, jetstream.WithMsgID(id))
+		ack, err := p.js.PublishAsync(p.namespace+".events", message, jetstream.WithMsgID(id))
 		if err != nil {
 			return err
 		}
@@ -187,22 +187,38 @@ func (p *pipeline) send(ctx context.Context, events []event) error {
 		case <-ack.Ok():
 		case err := <-ack.Err(): // after natsTimeout, at the latest
 			return err
-		case <-ctx.Done():
-			return ctx.Err()
 		}
 	}
-	p.counts.published.Add(int64(all))
 	return nil
+}
+
+// drain moves events from NATS into ClickHouse, until ctx ends. Replicas share
+// one consumer, so any number may drain at once.
+func (p *pipeline) drain(ctx context.Context) {
+	p.retry(ctx, "migrate clickhouse", nil, func() error { return migrateClickHouse(ctx, p.clickhouse, migrations) })
+	state := state{log: p.log, name: "drain"}
+	for ; ctx.Err() == nil; pause(ctx, relayPoll) {
+		consumer, err := p.connect(ctx)
+		for looked := time.Now(); err == nil; {
+			state.report(nil)
+			var found bool
+			if found, err = p.next(ctx, consumer); err == nil && !found && time.Since(looked) > lostAfter/3 {
+				looked = time.Now()
+				err = p.find(ctx, consumer)
+			}
+		}
+		state.report(err)
+	}
 }
 
 // connect makes the stream and its consumer what they have to be. When the
 // stream had to be created, all that was published before is not in it.
 func (p *pipeline) connect(ctx context.Context) (jetstream.Consumer, error) {
-	limited, cancel := context.WithTimeout(ctx, natsTimeout)
+	ctx, cancel := context.WithTimeout(ctx, natsTimeout)
 	defer cancel()
 	cfg := jetstream.StreamConfig{
 		Name:      p.stream(),
-		Subjects:  []string{p.subject()},
+		Subjects:  []string{p.namespace + ".events"},
 		Retention: jetstream.WorkQueuePolicy,
 		Discard:   jetstream.DiscardNew,
 		Storage:   jetstream.FileStorage,
@@ -212,16 +228,16 @@ func (p *pipeline) connect(ctx context.Context) (jetstream.Consumer, error) {
 		Duplicates: lostAfter / 2,
 	}
 	begin := time.Now()
-	_, err := p.js.UpdateStream(limited, cfg)
+	_, err := p.js.UpdateStream(ctx, cfg)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
-		if _, err = p.js.CreateStream(limited, cfg); err == nil {
+		if _, err = p.js.CreateStream(ctx, cfg); err == nil {
 			err = p.requeue(time.Since(begin))
 		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("stream %s: %w", p.stream(), err)
+		return nil, err
 	}
-	return p.js.CreateOrUpdateConsumer(limited, p.stream(), jetstream.ConsumerConfig{
+	return p.js.CreateOrUpdateConsumer(ctx, p.stream(), jetstream.ConsumerConfig{
 		Durable:    "drain",
 		AckPolicy:  jetstream.AckExplicitPolicy,
 		AckWait:    ackWait,
@@ -229,25 +245,128 @@ func (p *pipeline) connect(ctx context.Context) (jetstream.Consumer, error) {
 	})
 }
 
+// next waits a moment for a message, and stores it.
+func (p *pipeline) next(ctx context.Context, consumer jetstream.Consumer) (found bool, err error) {
+	waiting, cancel := context.WithTimeout(ctx, natsTimeout)
+	defer cancel()
+	fetched, err := consumer.Fetch(1, jetstream.FetchContext(waiting))
+	if err != nil {
+		return false, err
+	}
+	for m := range fetched.Messages() {
+		p.store(ctx, m)
+		found = true
+	}
+	if !found && waiting.Err() == nil { // else it is the usual end of waiting
+		err = fetched.Error()
+	}
+	return found, errors.Join(err, ctx.Err())
+}
+
+const forgetEvents = `
+DELETE FROM outbox
+WHERE id = ANY ($1)`
+
+// store inserts the events of a message into ClickHouse, deletes their outbox
+// rows, and only then acknowledges it. It tries until it succeeds, or ctx ends.
+func (p *pipeline) store(ctx context.Context, m jetstream.Msg) {
+	var events []event
+	var ids pq.Int64Array
+	err := json.Unmarshal(m.Data(), &events)
+	for _, e := range events {
+		ids = append(ids, e.Outbox)
+		year := e.Time.Year() // ClickHouse counts 32-bit seconds from 1970
+		if e.Outbox < 1 || e.ID < 1 || e.ProjectID < 1 || e.Version < 1 || year < 1970 || year >= 2106 {
+			err = errors.New("not an event")
+		}
+	}
+	if err != nil || len(events) == 0 {
+		p.log.Error("message thrown away", "subject", m.Subject(), "data", fmt.Sprintf("%.1000s", m.Data()), "err", err)
+		p.counts.thrownAway.Add(1)
+		_ = m.Term()
+		return
+	}
+	p.retry(ctx, "store events", m, func() error {
+		err := p.insert(ctx, events)
+		if err != nil {
+			p.counts.insertFailures.Add(1)
+		}
+		return err
+	})
+	p.counts.inserted.Add(int64(len(events)))
+	p.counts.batches.Add(1)
+	p.retry(ctx, "clear outbox", m, func() error { return p.db.query(nil, forgetEvents, []any{ids}, nil) })
+	if ctx.Err() == nil {
+		_ = m.Ack() // one that is lost only repeats the events
+	}
+}
+
+// insert adds events to ClickHouse in one INSERT.
+func (p *pipeline) insert(ctx context.Context, events []event) error {
+	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
+	defer cancel()
+	batch, err := p.clickhouse.PrepareBatch(ctx, `INSERT INTO goods_log (Id, ProjectId, Name, Description, Priority, Removed, EventTime, Version)`)
+	if err != nil {
+		return err
+	}
+	defer batch.Close()
+	for _, e := range events {
+		removed := map[bool]uint8{true: 1}[e.Removed] // ClickHouse 18.16 has no Bool
+		if err := batch.Append(e.ID, e.ProjectID, e.Name, e.Description, e.Priority, removed, e.Time.UTC(), uint32(e.Version)); err != nil {
+			return err
+		}
+	}
+	return batch.Send()
+}
+
+// find looks for events that NATS lost: the consumer has nothing left, and
+// rows published half a minute ago are still in the outbox.
+func (p *pipeline) find(ctx context.Context, consumer jetstream.Consumer) error {
+	ctx, cancel := context.WithTimeout(ctx, natsTimeout)
+	defer cancel()
+	info, err := consumer.Info(ctx) // a fetch from a consumer that is gone may just find nothing
+	if err != nil || info.NumPending > 0 || info.NumAckPending > 0 {
+		return err
+	}
+	return p.requeue(lostAfter)
+}
+
 const requeueEvents = `
 UPDATE outbox
 SET published_at = NULL
-WHERE id IN (SELECT id FROM outbox WHERE published_at < clock_timestamp() - $1 * interval '1 second' LIMIT $2)`
+WHERE id IN (SELECT id FROM outbox WHERE published_at < clock_timestamp() - $1 * interval '1 second' LIMIT 10000)`
 
 // requeue has what was published longer ago than age published again, in as
 // many steps as a long outage needs.
 func (p *pipeline) requeue(age time.Duration) error {
-	const step = 10_000
-	for n := int64(step); n == step; {
-		done, err := p.db.Exec(requeueEvents, age.Seconds(), step)
+	for {
+		done, err := p.db.Exec(requeueEvents, age.Seconds())
 		if err != nil {
-			return fmt.Errorf("requeue events: %w", err)
+			return err
 		}
-		if n, err = done.RowsAffected(); err == nil && n > 0 {
-			p.log.Warn("events lost by nats travel again", "events", n)
-			p.counts.requeued.Add(n)
-			p.wake()
+		n, err := done.RowsAffected()
+		if n == 0 {
+			return err
 		}
+		p.log.Warn("events lost by nats travel again", "events", n)
+		p.counts.requeued.Add(n)
+		p.wake()
 	}
-	return nil
+}
+
+// retry repeats f, which works on m, with growing pauses until it succeeds, or
+// ctx ends.
+func (p *pipeline) retry(ctx context.Context, name string, m jetstream.Msg, f func() error) {
+	state := state{log: p.log, name: name}
+	for wait := retryFirst; ctx.Err() == nil; wait = min(2*wait, retryMost) {
+		err := f()
+		state.report(err)
+		if err == nil {
+			return
+		}
+		if m != nil {
+			_ = m.InProgress() // else another replica gets it meanwhile
+		}
+		pause(ctx, wait)
+	}
 }

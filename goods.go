@@ -2,16 +2,11 @@ package main
 
 import (
 	"bytes"
-	"context"
-	"crypto/sha256"
 	"database/sql"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"log/slog"
 	"time"
-
-	"github.com/lib/pq"
 )
 
 // failure is an error that a client is told about. Every other error is
@@ -89,7 +84,7 @@ type service struct {
 func newService(db *database, cache *cache, wake func(), counts *metrics, log *slog.Logger) *service {
 	s := &service{db: db, cache: cache, wake: wake}
 	s.creates = newBatcher("create", 64, s.createAll, counts, log)
-	s.edits = newBatcher("edit", 64, s.editGoods, counts, log)
+	s.edits = newBatcher("edit", 64, s.editAll, counts, log)
 	s.moves = newBatcher("reprioritize", 1, s.moveGood, counts, log)
 	s.lists = newBatcher("list", 64, s.readPages, counts, log)
 	return s
@@ -104,38 +99,27 @@ func (s *service) write(f func(tx *sql.Tx) error) error {
 	return err
 }
 
-// createRequest makes a good, once for each key that is not empty.
+// createRequest makes a good, once for each key that is not empty. The fields
+// are columns of a batch, which travels to Postgres as one JSON text.
 type createRequest struct {
-	projectID         int32
-	name, description string
-	key               string
+	ProjectID   int32  `json:"project_id"`
+	Name        string `json:"name"`
+	Description string `json:"description"`
+	Key         string `json:"key,omitempty"`
 }
 
 // apart keeps requests with the same key out of one batch: the second then
 // finds the good of the first.
 func (q createRequest) apart() any {
-	if q.key == "" {
+	if q.Key == "" {
 		return nil
 	}
-	return [2]any{q.projectID, q.key}
-}
-
-// digest tells requests with the same key but other content apart.
-func (q createRequest) digest() string {
-	if q.key == "" {
-		return ""
-	}
-	sum := sha256.Sum256([]byte(q.name + "\x00" + q.description)) // U+0000 is in no text
-	return hex.EncodeToString(sum[:])
+	return createRequest{ProjectID: q.ProjectID, Key: q.Key}
 }
 
 type createResult struct {
 	good
 	repeated bool // the key made the good before
-}
-
-func (s *service) create(ctx context.Context, q createRequest) (createResult, error) {
-	return s.creates.do(ctx, q)
 }
 
 const lockPriorities = `SELECT lock_priorities()`
@@ -145,9 +129,9 @@ const lockPriorities = `SELECT lock_priorities()`
 // that is null finds nothing at once.
 const createGoods = `
 WITH request AS (
-    SELECT project_id, name, description, nullif(key, '') AS key, nullif(digest, '') AS digest, n
-    FROM unnest($1::integer[], $2::text[], $3::text[], $4::text[], $5::text[]) WITH ORDINALITY
-        AS r (project_id, name, description, key, digest, n)
+    SELECT *, CASE WHEN key IS NOT NULL THEN md5(jsonb_build_array(name, description)::text) END AS digest
+    FROM ROWS FROM (json_to_recordset($1) AS (project_id integer, name text, description text, key text))
+        WITH ORDINALITY AS r (project_id, name, description, key, n)
 ), known AS MATERIALIZED (
     SELECT r.n, g.request_digest = r.digest AS same, ` + goodColumns + `
     FROM request AS r
@@ -169,19 +153,13 @@ ORDER BY n, priority`
 
 func (s *service) createAll(requests []createRequest) ([]result[createResult], error) {
 	results := make([]result[createResult], len(requests))
-	var projects pq.Int32Array
-	var names, descriptions, keys, digests pq.StringArray
-	for _, q := range requests {
-		projects, names, descriptions = append(projects, q.projectID), append(names, q.name), append(descriptions, q.description)
-		keys, digests = append(keys, q.key), append(digests, q.digest())
-	}
 	err := s.write(func(tx *sql.Tx) error {
 		// A statement of its own: the next one sees what was committed meanwhile.
 		if _, err := tx.Exec(lockPriorities); err != nil {
 			return err
 		}
 		var fresh []good
-		err := s.db.query(tx, createGoods, []any{projects, names, descriptions, keys, digests}, func(rows *sql.Rows) error {
+		err := s.db.query(tx, createGoods, []any{jsonText(requests)}, func(rows *sql.Rows) error {
 			var n int
 			var same bool
 			var g good
@@ -199,7 +177,7 @@ func (s *service) createAll(requests []createRequest) ([]result[createResult], e
 		for i, q := range requests {
 			if r := &results[i]; r.err != nil || r.answer.repeated {
 				continue
-			} else if len(fresh) > 0 && fresh[0].ProjectID == q.projectID {
+			} else if len(fresh) > 0 && fresh[0].ProjectID == q.ProjectID {
 				r.answer.good, fresh = fresh[0], fresh[1:]
 			} else {
 				r.err = errCampaignNotFound
@@ -210,26 +188,29 @@ func (s *service) createAll(requests []createRequest) ([]result[createResult], e
 	return results, err
 }
 
-// editRequest changes one good.
-type editRequest struct {
-	id, projectID int32
-	name          string  // empty leaves it
-	description   *string // nil leaves it
-	remove        bool
+// jsonText is a batch of requests as JSON; they have nothing that cannot be encoded.
+func jsonText[Q request](requests []Q) string {
+	text, _ := json.Marshal(requests)
+	return string(text)
 }
 
-func (q editRequest) apart() any { return q.id } // one statement changes a row once
+// editRequest changes one good.
+type editRequest struct {
+	ID          int32   `json:"id"`
+	ProjectID   int32   `json:"project_id"`
+	Name        *string `json:"name"`        // nil leaves it
+	Description *string `json:"description"` // nil leaves it
+	Removed     bool    `json:"removed"`
+}
 
-// edit returns the good as it has become.
-func (s *service) edit(ctx context.Context, q editRequest) (good, error) { return s.edits.do(ctx, q) }
+func (q editRequest) apart() any { return q.ID } // one statement changes a row once
 
 // Rows are always locked in the order of their ids, here and in a move, so
 // that transactions wait for each other in one direction only.
 const lockGoods = `
 WITH request AS (
     SELECT *
-    FROM unnest($1::integer[], $2::integer[], $3::text[], $4::text[], $5::boolean[], $6::boolean[])
-        AS r (id, project_id, name, description, describe, remove)
+    FROM json_to_recordset($1) AS r (id integer, project_id integer, name text, description text, removed boolean)
 ), locked AS MATERIALIZED (
     SELECT g.id
     FROM goods AS g
@@ -241,9 +222,9 @@ WITH request AS (
 const changeGoods = `
 )
 UPDATE goods AS g
-SET name = coalesce(nullif(r.name, ''), g.name),
-    description = CASE WHEN r.describe THEN r.description ELSE g.description END,
-    removed = r.remove,
+SET name = coalesce(r.name, g.name),
+    description = coalesce(r.description, g.description),
+    removed = r.removed,
     version = g.version + 1
 FROM locked
 JOIN request AS r ON r.id = locked.id
@@ -257,27 +238,20 @@ const (
 	editGoods = lockGoods + ` SKIP LOCKED` + changeGoods
 )
 
-func (s *service) editGoods(requests []editRequest) ([]result[good], error) {
+func (s *service) editAll(requests []editRequest) ([]result[good], error) {
 	query, notFound := editGood, error(errGoodNotFound)
 	if len(requests) > 1 {
 		query, notFound = editGoods, errTryAlone
 	}
 	results := make([]result[good], len(requests))
 	index := make(map[int32]int, len(requests)) // by id
-	var ids, projects pq.Int32Array
-	var names, descriptions pq.StringArray
-	var describe, remove pq.BoolArray
 	for i, q := range requests {
-		index[q.id], results[i].err = i, notFound // unless a row says otherwise
-		ids, projects, names, remove = append(ids, q.id), append(projects, q.projectID), append(names, q.name), append(remove, q.remove)
-		if descriptions, describe = append(descriptions, ""), append(describe, q.description != nil); q.description != nil {
-			descriptions[i] = *q.description
-		}
+		index[q.ID], results[i].err = i, notFound // unless a row says otherwise
 	}
 	var old, keys []key
 	var texts [][]byte
 	err := s.write(func(tx *sql.Tx) error {
-		return s.db.query(tx, query, []any{ids, projects, names, descriptions, describe, remove}, func(rows *sql.Rows) error {
+		return s.db.query(tx, query, []any{jsonText(requests)}, func(rows *sql.Rows) error {
 			var g good
 			if err := rows.Scan(g.fields()...); err != nil {
 				return err

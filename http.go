@@ -27,32 +27,28 @@ var (
 //go:embed openapi.yaml
 var openAPI []byte
 
-// handler serves one route of the API. An error becomes the reply.
-type handler func(w http.ResponseWriter, r *http.Request) error
-
-// api holds what the routes share.
+// api serves the service over HTTP.
 type api struct {
 	service *service
 	health  *health
 	counts  *metrics
-	closing *atomic.Bool // the service is shutting down
+	closing atomic.Bool // the service is shutting down
 	log     *slog.Logger
 }
+
+// handler serves one route. An error becomes the reply.
+type handler func(w http.ResponseWriter, r *http.Request) error
 
 // routes returns the API, with JSON errors for every other request.
 func (a *api) routes() http.Handler {
 	mux := http.NewServeMux()
 	known := map[string]bool{}
 	handle := func(method, path string, h handler) {
-		allow := method
-		if method == http.MethodGet {
-			allow = "GET, HEAD"
-		}
 		known[path] = true
-		observed := a.counts.route(path)
-		mux.Handle(method+" "+path, a.answer(observed, h))
-		mux.Handle(path, a.answer(observed, func(w http.ResponseWriter, _ *http.Request) error {
-			w.Header().Set("Allow", allow)
+		counts := a.counts.route(path)
+		mux.Handle(method+" "+path, a.answer(counts, h))
+		mux.Handle(path, a.answer(counts, func(w http.ResponseWriter, _ *http.Request) error {
+			w.Header().Set("Allow", strings.Replace(method, "GET", "GET, HEAD", 1))
 			return errMethod
 		}))
 	}
@@ -64,7 +60,13 @@ func (a *api) routes() http.Handler {
 	handle("GET", "/healthz", func(w http.ResponseWriter, _ *http.Request) error {
 		return writeJSON(w, http.StatusOK, map[string]string{"status": "ok"}, nil)
 	})
-	handle("GET", "/readyz", a.ready)
+	handle("GET", "/readyz", func(w http.ResponseWriter, _ *http.Request) error {
+		status := http.StatusOK
+		if a.closing.Load() || !a.health.up("postgres") {
+			status = http.StatusServiceUnavailable
+		}
+		return writeJSON(w, status, a.health, nil)
+	})
 	handle("GET", "/metrics", func(w http.ResponseWriter, _ *http.Request) error {
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 		return a.counts.write(w, a.health)
@@ -86,47 +88,50 @@ func (a *api) routes() http.Handler {
 
 func (a *api) create(w http.ResponseWriter, r *http.Request) error {
 	in := readInput(w, r, "name", "description")
-	q := createRequest{projectID: in.number("projectId"), name: in.name(), key: in.idempotencyKey(r.Header)}
-	if d := in.text("description", maxDescription); d != nil {
-		q.description = *d
-	}
+	q := createRequest{ProjectID: in.number("projectId"), Key: in.idempotencyKey(r.Header)}
+	name, description := in.name(), in.text("description", maxDescription)
 	if err := in.fault(); err != nil {
 		return err
 	}
-	created, err := a.service.create(r.Context(), q)
-	if created.repeated {
-		return writeJSON(w, http.StatusOK, &created.good, err)
+	q.Name = *name
+	if description != nil {
+		q.Description = *description
 	}
-	return writeJSON(w, http.StatusCreated, &created.good, err)
+	created, err := a.service.creates.do(r.Context(), q)
+	status := http.StatusCreated
+	if created.repeated {
+		status = http.StatusOK
+	}
+	return writeJSON(w, status, &created.good, err)
 }
 
 func (a *api) update(w http.ResponseWriter, r *http.Request) error {
 	in := readInput(w, r, "name", "description")
-	q := editRequest{id: in.number("id"), projectID: in.number("projectId"), name: in.name(), description: in.text("description", maxDescription)}
+	q := editRequest{ID: in.number("id"), ProjectID: in.number("projectId"), Name: in.name(), Description: in.text("description", maxDescription)}
 	if err := in.fault(); err != nil {
 		return err
 	}
-	g, err := a.service.edit(r.Context(), q)
+	g, err := a.service.edits.do(r.Context(), q)
 	return writeJSON(w, http.StatusOK, &g, err)
 }
 
 func (a *api) reprioritize(w http.ResponseWriter, r *http.Request) error {
 	in := readInput(w, r, "newPriority")
-	q := moveRequest{id: in.number("id"), projectID: in.number("projectId"), to: in.integer("newPriority")}
+	q := moveRequest{in.number("id"), in.number("projectId"), in.integer("newPriority")}
 	if err := in.fault(); err != nil {
 		return err
 	}
-	places, err := a.service.move(r.Context(), q)
+	places, err := a.service.moves.do(r.Context(), q)
 	return writeJSON(w, http.StatusOK, map[string][]place{"priorities": places}, err)
 }
 
 func (a *api) remove(w http.ResponseWriter, r *http.Request) error {
 	in := readInput(w, r)
-	q := editRequest{id: in.number("id"), projectID: in.number("projectId"), remove: true}
+	q := editRequest{ID: in.number("id"), ProjectID: in.number("projectId"), Removed: true}
 	if err := in.fault(); err != nil {
 		return err
 	}
-	g, err := a.service.edit(r.Context(), q)
+	g, err := a.service.edits.do(r.Context(), q)
 	return writeJSON(w, http.StatusOK, struct {
 		ID         int32 `json:"id"`
 		CampaignID int32 `json:"campaignId"`
@@ -140,72 +145,57 @@ func (a *api) list(w http.ResponseWriter, r *http.Request) error {
 	if err := in.fault(); err != nil {
 		return err
 	}
-	page, err := a.service.list(r.Context(), q)
+	page, err := a.service.lists.do(r.Context(), q)
 	if err == nil {
 		writeBody(w, http.StatusOK, page)
 	}
 	return err
 }
 
-func (a *api) ready(w http.ResponseWriter, _ *http.Request) error {
-	status := http.StatusOK
-	if a.closing.Load() || !a.health.up("postgres") {
-		status = http.StatusServiceUnavailable
-	}
-	return writeJSON(w, status, a.health, nil)
-}
-
 // answer adapts a handler: it turns its error, or panic, into a reply, and
 // counts and logs the request once.
-func (a *api) answer(observed *routeMetrics, h handler) http.Handler {
+func (a *api) answer(counts *routeMetrics, h handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
 		id := requestID(r)
 		w.Header().Set("X-Request-Id", id)
 		reply := &recorder{ResponseWriter: w, status: http.StatusOK}
-		err := func() (err error) {
-			defer func() {
-				if p := recover(); p != nil {
-					err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
-				}
-			}()
-			return h(reply, r)
-		}()
+		err := h.safely(reply, r)
 		if err != nil {
-			f := failureOf(err)
-			if f == errInternal {
-				a.log.Error("request failed", "id", id, "method", r.Method, "path", r.URL.Path, "err", err)
-			}
-			writeFailure(reply, f)
+			a.writeError(reply, r, id, err)
 		}
 		if errors.Is(r.Context().Err(), context.Canceled) {
 			reply.status = 499 // the client has gone, or is very slow: the reply is hardly read
 		}
-		took := time.Since(start)
-		observed.latency.observe(took.Seconds())
-		observed.statuses[reply.status].Add(1)
+		took := time.Since(start).Seconds()
+		counts.latency.observe(took)
+		counts.statuses[reply.status].Add(1)
 		if a.log.Enabled(r.Context(), slog.LevelDebug) { // or its values would be made for nothing
-			a.log.Debug("request", "id", id, "method", r.Method, "path", r.URL.Path, "status", reply.status, "seconds", took.Seconds(), "err", err)
+			a.log.Debug("request", "id", id, "method", r.Method, "path", r.URL.Path, "status", reply.status, "seconds", took, "err", err)
 		}
 	})
 }
 
-// failureOf is what a client is told about err.
-func failureOf(err error) *failure {
+// safely turns a panic into an error.
+func (h handler) safely(w http.ResponseWriter, r *http.Request) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
+	return h(w, r)
+}
+
+func (a *api) writeError(w http.ResponseWriter, r *http.Request, id string, err error) {
 	var f *failure
 	switch {
 	case errors.As(err, &f):
-		return f
 	case unavailable(err):
-		return errUnavailable
-	default:
-		return errInternal
-	}
-}
-
-func writeFailure(w http.ResponseWriter, f *failure) {
-	if f == errUnavailable {
+		f = errUnavailable
 		w.Header().Set("Retry-After", "1")
+	default:
+		f = errInternal
+		a.log.Error("request failed", "id", id, "method", r.Method, "path", r.URL.Path, "err", err)
 	}
 	details := f.details
 	if details == nil {
@@ -237,7 +227,7 @@ func (r *recorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }
 func requestID(r *http.Request) string {
 	id := r.Header.Get("X-Request-Id")
 	if id == "" || len(id) > 128 || strings.ContainsFunc(id, func(c rune) bool { return c <= ' ' || c > '~' }) {
-		return strconv.FormatUint(rand.Uint64(), 36)
+		id = strconv.FormatUint(rand.Uint64(), 36)
 	}
 	return id
 }
@@ -255,6 +245,8 @@ func writeJSON(w http.ResponseWriter, status int, v any, err error) error {
 	return err
 }
 
+var jsonType = []string{"application/json"}
+
 // writeBody sends a reply that is JSON already. Its errors are the client's.
 func writeBody(w http.ResponseWriter, status int, body []byte) {
 	w.Header()["Content-Type"] = jsonType
@@ -262,5 +254,3 @@ func writeBody(w http.ResponseWriter, status int, body []byte) {
 	w.WriteHeader(status)
 	_, _ = w.Write(body)
 }
-
-var jsonType = []string{"application/json"}

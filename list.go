@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"database/sql"
 	"fmt"
 	"slices"
@@ -24,9 +23,6 @@ type listRequest struct {
 }
 
 func (q listRequest) apart() any { return nil }
-
-// list returns the reply's JSON, which nobody may change.
-func (s *service) list(ctx context.Context, q listRequest) ([]byte, error) { return s.lists.do(ctx, q) }
 
 // readPages answers a batch of lists. Equal requests share one reply.
 func (s *service) readPages(requests []listRequest) ([]result[[]byte], error) {

@@ -14,7 +14,6 @@ import (
 	"runtime"
 	"runtime/debug"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -188,8 +187,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	health := &health{log: log, pings: map[string]func(context.Context) error{
 		"postgres": counts.pingPostgres, "redis": cache.ping, "nats": events.pingNATS, "clickhouse": events.pingClickHouse,
 	}}
-	var closing atomic.Bool
-	api := &api{newService(db, cache, events.wake, counts, log), health, counts, &closing, log}
+	api := &api{service: newService(db, cache, events.wake, counts, log), health: health, counts: counts, log: log}
 	server := &http.Server{
 		Handler:                      api.routes(),
 		ReadHeaderTimeout:            5 * time.Second,
@@ -214,7 +212,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	}
 
 	log.Info("shutting down")
-	closing.Store(true)
+	api.closing.Store(true)
 	pause(background, drainDelay)
 	last, cancel := context.WithTimeout(background, shutdownTimeout)
 	defer cancel()

@@ -18,8 +18,8 @@ import (
 	"time"
 )
 
-// pingEvery is how often each server is tried; it is up while the last success
-// is less than downAfter ago.
+// Each server is tried every pingEvery, and up while the last success is less
+// than downAfter ago.
 const pingEvery, downAfter = time.Second, 3 * time.Second
 
 var started = time.Now()
@@ -107,15 +107,12 @@ func (h *histogram) write(w io.Writer, name, label string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	total := int64(0)
-	for i, n := range h.counts {
-		total += n
-		le := "+Inf"
-		if i < len(h.bounds) {
-			le = strconv.FormatFloat(h.bounds[i], 'g', -1, 64)
-		}
-		fmt.Fprintf(w, "%s_bucket{%s,le=%q} %d\n", name, label, le, total)
+	for i, bound := range h.bounds {
+		total += h.counts[i]
+		fmt.Fprintf(w, "%s_bucket{%s,le=\"%g\"} %d\n", name, label, bound, total)
 	}
-	fmt.Fprintf(w, "%s_sum{%s} %g\n%s_count{%s} %d\n", name, label, h.sum, name, label, total)
+	total += h.counts[len(h.bounds)]
+	fmt.Fprintf(w, "%s_bucket{%s,le=\"+Inf\"} %d\n%[1]s_sum{%[2]s} %[4]g\n%[1]s_count{%[2]s} %[3]d\n", name, label, total, h.sum)
 }
 
 // routeMetrics counts the requests of one route.
@@ -127,16 +124,14 @@ type routeMetrics struct {
 // metrics counts what the service does, for /metrics. Writing it asks nothing
 // of any server: what they know is sampled by the pings.
 type metrics struct {
-	db *database
+	db     *database
+	routes map[string]*routeMetrics // filled before the service listens, as is sizes
+	sizes  map[string]*histogram    // of batches
 
 	cacheHits, cacheMisses, cacheErrors atomic.Int64
 	published, requeued, thrownAway     atomic.Int64
 	inserted, batches, insertFailures   atomic.Int64
 	outboxRows, outboxAge, backlog      atomic.Int64 // the age in milliseconds
-
-	// Filled before the service listens, and then only read.
-	routes map[string]*routeMetrics
-	sizes  map[string]*histogram // of batches
 }
 
 func newMetrics(db *database) *metrics {
@@ -175,8 +170,9 @@ func (m *metrics) pingPostgres(context.Context) error {
 func (m *metrics) write(w io.Writer, h *health) error {
 	var b bytes.Buffer
 	head := func(name, kind, help string) { fmt.Fprintf(&b, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind) }
+	routes, batches, servers := slices.Sorted(maps.Keys(m.routes)), slices.Sorted(maps.Keys(m.sizes)), slices.Sorted(maps.Keys(h.pings))
 	head("goods_http_requests_total", "counter", "Requests answered; status 499: the client went away.")
-	for _, name := range slices.Sorted(maps.Keys(m.routes)) {
+	for _, name := range routes {
 		for status := range m.routes[name].statuses {
 			if n := m.routes[name].statuses[status].Load(); n > 0 {
 				fmt.Fprintf(&b, "goods_http_requests_total{route=%q,status=\"%d\"} %d\n", name, status, n)
@@ -184,15 +180,15 @@ func (m *metrics) write(w io.Writer, h *health) error {
 		}
 	}
 	head("goods_http_request_duration_seconds", "histogram", "Time from a request's header to its reply.")
-	for _, name := range slices.Sorted(maps.Keys(m.routes)) {
+	for _, name := range routes {
 		m.routes[name].latency.write(&b, "goods_http_request_duration_seconds", fmt.Sprintf("route=%q", name))
 	}
 	head("goods_batch_size", "histogram", "Requests that travelled together.")
-	for _, name := range slices.Sorted(maps.Keys(m.sizes)) {
+	for _, name := range batches {
 		m.sizes[name].write(&b, "goods_batch_size", fmt.Sprintf("batch=%q", name))
 	}
 	head("goods_dependency_up", "gauge", "Whether the server can be used, 1 or 0.")
-	for _, name := range slices.Sorted(maps.Keys(h.pings)) {
+	for _, name := range servers {
 		fmt.Fprintf(&b, "goods_dependency_up{name=%q} %d\n", name, map[bool]int{true: 1}[h.up(name)])
 	}
 	head("goods_build_info", "gauge", "The program, always 1.")

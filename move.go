@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -17,19 +16,13 @@ type place struct {
 	Priority int32 `json:"priority"`
 }
 
-// moveRequest puts a good in the place to, or the last one.
+// moveRequest puts a good in the place to, or the last one. The answer is every
+// good that has a new place, in the new order; or the good alone if none has.
 type moveRequest struct {
-	id, projectID int32
-	to            int32
+	id, projectID, to int32
 }
 
 func (q moveRequest) apart() any { return nil }
-
-// move returns every good that has a new place, in the new order; or the good
-// alone if none has.
-func (s *service) move(ctx context.Context, q moveRequest) ([]place, error) {
-	return s.moves.do(ctx, q)
-}
 
 const findPlace = `
 SELECT g.priority, (SELECT max(priority) FROM goods)
@@ -61,15 +54,15 @@ func (s *service) moveGood(requests []moveRequest) ([]result[[]place], error) {
 	err := s.write(func(tx *sql.Tx) error {
 		// Before the statements that look: while it is held, no priority changes.
 		if _, err := tx.Exec(lockPriorities); err != nil {
-			return fmt.Errorf("lock priorities: %w", err)
+			return err
 		}
 		var from, last int32
 		err := s.db.query(tx, findPlace, []any{q.id, q.projectID}, func(rows *sql.Rows) error { return rows.Scan(&from, &last) })
-		if err != nil {
-			return fmt.Errorf("find place: %w", err)
-		}
-		if from == 0 {
+		if err == nil && from == 0 {
 			return errGoodNotFound
+		}
+		if err != nil {
+			return err
 		}
 		to := min(q.to, last)
 		low, high, step := from, to, -1
@@ -85,24 +78,20 @@ func (s *service) moveGood(requests []moveRequest) ([]result[[]place], error) {
 				"is %d places away from %d: a move spans at most %d, go there in steps", high-low, from, maxMove)})
 		}
 		places = make([]place, high-low+1)
-		err = s.db.query(tx, rotateGoods, []any{low, high, q.id, to, step}, func(rows *sql.Rows) error {
+		return s.db.query(tx, rotateGoods, []any{low, high, q.id, to, step}, func(rows *sql.Rows) error {
 			var p place
 			var version int32
 			err := rows.Scan(&p.ID, &p.Priority, &version)
 			places[p.Priority-low], replaced = p, append(replaced, newKey(p.ID, version-1))
 			return err
 		})
-		if err != nil {
-			return fmt.Errorf("rotate goods: %w", err)
-		}
-		return nil
 	})
 	var f *failure
 	if errors.As(err, &f) {
-		return []result[[]place]{{err: f}}, nil // the request's own: to repeat it would change nothing
+		return []result[[]place]{{err: f}}, nil // to try again would change nothing
 	}
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("move good: %w", err)
 	}
 	s.cache.drop(replaced)
 	return []result[[]place]{{answer: places}}, nil

@@ -41,71 +41,57 @@ func readInput(w http.ResponseWriter, r *http.Request, fields ...string) *input 
 	if in.query, err = url.ParseQuery(r.URL.RawQuery); err != nil {
 		in.bad["query"] = "is malformed"
 	}
-	if len(fields) == 0 {
-		return in
+	if len(fields) > 0 {
+		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+		if in.tooLarge = errors.As(err, new(*http.MaxBytesError)); err != nil {
+			in.bad["body"] = "could not be read"
+		} else {
+			in.body = in.object(body, fields)
+		}
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
-	if err != nil {
-		in.tooLarge = errors.As(err, new(*http.MaxBytesError))
-		in.bad["body"] = "could not be read"
-		return in
-	}
-	in.body = in.object(body, fields)
 	return in
-}
-
-// fault returns an error if anything is wrong.
-func (in *input) fault() error {
-	if in.tooLarge {
-		return errTooLarge
-	}
-	if len(in.bad) > 0 {
-		return invalid(in.bad)
-	}
-	return nil
 }
 
 // object splits a JSON object into its fields. encoding/json alone would take
 // repeated keys, keys in other cases, broken UTF-8, and text after the object.
 func (in *input) object(body []byte, fields []string) map[string]json.RawMessage {
-	d := json.NewDecoder(bytes.NewReader(body))
-	if start, err := d.Token(); err != nil || start != json.Delim('{') || !utf8.Valid(body) {
-		in.bad["body"] = "must be a JSON object in UTF-8"
+	if !json.Valid(body) || !utf8.Valid(body) || bytes.TrimLeft(body, " \t\r\n")[0] != '{' {
+		in.bad["body"] = "must be one JSON object in UTF-8"
 		return nil
 	}
 	values := map[string]json.RawMessage{}
-	for d.More() {
-		var value json.RawMessage
-		key, err := d.Token()
-		if err == nil {
-			err = d.Decode(&value)
-		}
-		if err != nil {
-			in.bad["body"] = "is not valid JSON"
-			return nil
-		}
-		name := key.(string) // the decoder takes no other keys
+	d := json.NewDecoder(bytes.NewReader(body))
+	for _, _ = d.Token(); d.More(); {
+		key, _ := d.Token()
+		name := key.(string)
 		if _, repeated := values[name]; repeated {
 			in.bad[name] = "is repeated"
 		}
 		if !slices.Contains(fields, name) {
 			in.bad[name] = "is not a known field"
 		}
+		var value json.RawMessage
+		_ = d.Decode(&value)
 		values[name] = value
 	}
-	if _, err := d.Token(); err != nil {
-		in.bad["body"] = "is not valid JSON"
-	} else if _, err := d.Token(); err != io.EOF {
-		in.bad["body"] = "must end after the object"
-	}
 	return values
+}
+
+// fault returns an error if anything is wrong.
+func (in *input) fault() error {
+	switch {
+	case in.tooLarge:
+		return errTooLarge
+	case len(in.bad) > 0:
+		return invalid(in.bad)
+	}
+	return nil
 }
 
 // number returns a query parameter that must be a positive 32-bit integer.
 func (in *input) number(name string) int32 {
 	if !in.query.Has(name) {
 		in.bad[name] = "is required"
-		return 0
 	}
 	return in.numberOr(name, 0, maxInt32)
 }
@@ -127,16 +113,31 @@ func (in *input) parse(name, digits string, most int32) int32 {
 	n, err := strconv.ParseInt(digits, 10, 32)
 	if err != nil || n < 1 || n > int64(most) || digits[0] == '+' {
 		in.bad[name] = fmt.Sprintf("must be an integer from 1 to %d", most)
-		return 0
 	}
 	return int32(n)
 }
 
-// text returns a field of at most the given number of characters, or nil when
-// it is absent.
+// field returns a field of the body, nil if it is absent.
+func (in *input) field(name string, required bool) json.RawMessage {
+	raw := in.body[name]
+	if raw == nil && required && in.bad["body"] == "" {
+		in.bad[name] = "is required"
+	}
+	return raw
+}
+
+// integer returns a field that must be a positive 32-bit integer.
+func (in *input) integer(name string) (n int32) {
+	if raw := in.field(name, true); raw != nil {
+		n = in.parse(name, string(raw), maxInt32)
+	}
+	return n
+}
+
+// text returns a field of at most that many characters, nil when it is absent.
 func (in *input) text(name string, most int) *string {
-	raw, ok := in.body[name]
-	if !ok {
+	raw := in.field(name, false)
+	if raw == nil {
 		return nil
 	}
 	var s string
@@ -156,50 +157,33 @@ var surrogatePair, surrogate = regexp.MustCompile(`(?i)\\ud[89ab]..\\ud[c-f]..`)
 // loneSurrogate reports whether a JSON string has the escape of one half of a
 // surrogate pair, which encoding/json would replace by U+FFFD.
 func loneSurrogate(raw []byte) bool {
-	raw = bytes.ReplaceAll(raw, []byte(`\\`), []byte(" ")) // an escaped backslash escapes nothing
-	return surrogate.Match(surrogatePair.ReplaceAll(raw, nil))
-}
-
-// missing notes that a field is absent, unless the whole body is unreadable.
-func (in *input) missing(name string) {
-	if in.bad["body"] == "" {
-		in.bad[name] = "is required"
+	if !bytes.Contains(raw, []byte(`\u`)) {
+		return false
 	}
+	raw = bytes.ReplaceAll(raw, []byte(`\\`), []byte(" ")) // an escaped backslash escapes nothing
+	return surrogate.Match(surrogatePair.ReplaceAll(raw, []byte(" ")))
 }
 
 // name returns the field name, which every good has.
-func (in *input) name() string {
+func (in *input) name() *string {
+	in.field("name", true)
 	s := in.text("name", maxName)
-	switch {
-	case s == nil:
-		in.missing("name")
-		return ""
-	case in.bad["name"] == "" && strings.TrimSpace(*s) == "":
+	if s != nil && in.bad["name"] == "" && strings.TrimSpace(*s) == "" {
 		in.bad["name"] = "must not be blank"
 	}
-	return *s
-}
-
-// integer returns a field that must be a positive 32-bit integer.
-func (in *input) integer(name string) int32 {
-	raw, ok := in.body[name]
-	if !ok {
-		in.missing(name)
-		return 0
-	}
-	return in.parse(name, string(raw), maxInt32)
+	return s
 }
 
 // idempotencyKey returns the header of that name, or "" when it is absent.
 func (in *input) idempotencyKey(h http.Header) string {
 	const name = "Idempotency-Key"
 	values := h.Values(name)
-	switch {
-	case len(values) == 0:
+	if len(values) == 0 {
 		return ""
-	case len(values) > 1:
+	}
+	if key := values[0]; len(values) > 1 {
 		in.bad[name] = "must be given once"
-	case values[0] == "" || len(values[0]) > maxKey || strings.ContainsFunc(values[0], func(c rune) bool { return c < ' ' || c > '~' }):
+	} else if key == "" || len(key) > maxKey || strings.ContainsFunc(key, func(c rune) bool { return c < ' ' || c > '~' }) {
 		in.bad[name] = fmt.Sprintf("must have 1 to %d printable ASCII characters", maxKey)
 	}
 	return values[0]
