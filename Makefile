@@ -57,7 +57,8 @@ run: ## start the servers, build and run the service on :8080; Ctrl-C ends the s
 	fi; \
 	$(servers) $(gobuild); \
 	address=$${HTTP_ADDR:-:8080}; address=$${address/#:/localhost:}; \
-	( ( sleep 0.3; until ./goods healthcheck 2>/dev/null; do kill -0 $$$$ || exit; sleep 0.2; done; $(hello) ) 2>/dev/null & ); \
+	if ./goods healthcheck 2>/dev/null; then echo "a service answers at http://$$address already" >&2; exit 1; fi; \
+	( ( until ./goods healthcheck; do kill -0 $$$$ || exit; sleep 0.2; done 2>/dev/null; $(hello) ) & ); \
 	exec ./goods
 
 up: ## start the servers only
