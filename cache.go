@@ -20,7 +20,7 @@ const (
 	cachePause   = time.Second            // after a failure Redis is left alone
 	cacheChunk   = 100                    // goods in one MGET: a page of large ones takes several
 	cacheFormat  = 1                      // of the JSON of a good: another one gets other keys
-	localLimit   = 16 << 20               // bytes of goods that the process itself holds
+	localLimit   = 4 << 20                // bytes of goods that the process itself holds
 )
 
 // key names one version of one good: its id, and the version in the lower 32
@@ -48,6 +48,8 @@ type cache struct {
 func newCache(url, namespace string, counts *metrics) *cache {
 	c := &cache{prefix: fmt.Sprintf("%s:%d:", namespace, cacheFormat), counts: counts}
 	c.pool = &redis.Pool{
+		MaxIdle:     8,
+		IdleTimeout: time.Minute,
 		Dial: func() (redis.Conn, error) {
 			return redis.DialURL(url, redis.DialConnectTimeout(cacheTimeout), redis.DialReadTimeout(cacheTimeout), redis.DialWriteTimeout(cacheTimeout))
 		},
@@ -59,8 +61,6 @@ func newCache(url, namespace string, counts *metrics) *cache {
 			}
 			return nil
 		},
-		MaxIdle:     8,
-		IdleTimeout: time.Minute,
 	}
 	return c
 }
@@ -78,7 +78,6 @@ func (c *cache) get(keys []key) [][]byte {
 		}
 	}
 	c.mu.Unlock()
-	misses := len(missing)
 	for chunk := range slices.Chunk(missing, cacheChunk) {
 		var names []any
 		for _, i := range chunk {
@@ -86,9 +85,9 @@ func (c *cache) get(keys []key) [][]byte {
 		}
 		commands = append(commands, names)
 	}
-	replies := c.do("MGET", commands)
-	for n, chunk := range replies {
-		texts, _ := redis.ByteSlices(chunk, nil)
+	misses := len(missing)
+	for n, reply := range c.do("MGET", commands) {
+		texts, _ := redis.ByteSlices(reply, nil)
 		for j, text := range texts {
 			if i := missing[n*cacheChunk+j]; isGood(text, keys[i]) {
 				goods[i] = text
@@ -96,7 +95,7 @@ func (c *cache) get(keys []key) [][]byte {
 			}
 		}
 	}
-	if len(replies) > 0 {
+	if misses < len(missing) {
 		c.keep(keys, goods)
 	}
 	c.counts.cacheHits.Add(int64(len(keys) - misses))

@@ -24,90 +24,69 @@ type config struct {
 	logLevel                               slog.Level
 }
 
-// variables are all there is to configure. Each parse stores the value, and
-// tells whether it is valid. The complaint never quotes it: it may hold a password.
+// variables are all there is to configure. A value must match the pattern.
 var variables = []struct {
-	name, fallback, help, complaint string
-	parse                           func(c *config, v string) bool
+	name, fallback, help string
+	pattern              *regexp.Regexp
 }{
-	{"HTTP_ADDR", ":8080", "address to listen on, host:port", "is not an address such as :8080, with a port up to 65535", func(c *config, v string) bool {
-		c.addr = v
-		_, port, err := net.SplitHostPort(v)
-		_, bad := strconv.ParseUint(port, 10, 16)
-		return err == nil && bad == nil
-	}},
-	{"POSTGRES_URL", "postgres://goods:goods@localhost:5432/goods?sslmode=disable", "the database of the goods", "is not a usable postgres://host:port URL", func(c *config, v string) bool {
-		c.postgres = v // may name several hosts, or a socket, which no other URL can
-		_, err := pq.NewConfig(v)
-		return err == nil && (strings.HasPrefix(v, "postgres://") || strings.HasPrefix(v, "postgresql://"))
-	}},
-	{"REDIS_URL", "redis://localhost:6379/0", "the cache", "is not a usable redis://host:port/number URL", func(c *config, v string) bool {
-		c.redis = v
-		u := parseURL(v, "redis", "rediss")
-		return u != nil && strings.Trim(u.Path, "/0123456789") == ""
-	}},
-	{"NATS_URL", "nats://localhost:4222", "carries the events; several servers with commas", "is not a usable nats://host:port URL", func(c *config, v string) bool {
-		c.nats = v
-		return !slices.ContainsFunc(strings.Split(v, ","), func(server string) bool { return parseURL(strings.TrimSpace(server), "nats", "tls") == nil })
-	}},
-	{"CLICKHOUSE_URL", "clickhouse://localhost:9000/default", "the log of the events; also http:// and https://", "is not a usable clickhouse://host:port URL", func(c *config, v string) bool {
-		var err error
-		if c.clickhouse, err = clickhouse.ParseDSN(v); err != nil || parseURL(v, "clickhouse", "http", "https") == nil {
-			return false
-		}
-		return !slices.ContainsFunc(c.clickhouse.Addr, func(server string) bool { // the driver knows no default port
-			_, _, err := net.SplitHostPort(server)
-			return err != nil
-		})
-	}},
-	{"EVENTS_BATCH", "5", "events in one INSERT into ClickHouse, 1 to 1000", "must be an integer from 1 to 1000", func(c *config, v string) (ok bool) {
-		c.eventsBatch, ok = number(v, 1000)
-		return ok
-	}},
-	{"NATS_REPLICAS", "1", "replicas of the stream, 1 to 5", "must be an integer from 1 to 5", func(c *config, v string) (ok bool) {
-		c.natsReplicas, ok = number(v, 5)
-		return ok
-	}},
-	{"NAMESPACE", "goods", "prefix of Redis keys and NATS names, to share those servers", "must be a lower-case letter, then up to 31 letters, digits, - and _", func(c *config, v string) bool {
-		c.namespace = v
-		return regexp.MustCompile(`^[a-z][a-z0-9_-]{0,31}$`).MatchString(v)
-	}},
-	{"LOG_LEVEL", "info", "debug, info, warn or error", "must be debug, info, warn or error", func(c *config, v string) bool {
-		return c.logLevel.UnmarshalText([]byte(v)) == nil
-	}},
+	{"HTTP_ADDR", ":8080", "the address to listen on, host:port", regexp.MustCompile(`^.*:\d{1,5}$`)},
+	{"POSTGRES_URL", "postgres://goods:goods@localhost:5432/goods?sslmode=disable", "a postgres:// URL, the database of the goods", regexp.MustCompile(`^postgres(ql)?://`)},
+	{"REDIS_URL", "redis://localhost:6379/0", "a redis:// or rediss://host:port/number URL, the cache", regexp.MustCompile(`^rediss?://[^/]+(/\d*)?$`)},
+	{"NATS_URL", "nats://localhost:4222", "nats:// or tls://host:port URLs with commas, the road of the events", regexp.MustCompile(`^(nats|tls)://[^/,]+/?(, *(nats|tls)://[^/,]+/?)*$`)},
+	{"CLICKHOUSE_URL", "clickhouse://localhost:9000/default", "a clickhouse://, http:// or https://host:port/database URL, the log of the events", regexp.MustCompile(`^(clickhouse|https?)://[^/]+`)},
+	{"EVENTS_BATCH", "5", "1 to 1000, the events in one INSERT into ClickHouse", regexp.MustCompile(`^([1-9]\d{0,2}|1000)$`)},
+	{"NATS_REPLICAS", "1", "1 to 5, the replicas of the stream", regexp.MustCompile(`^[1-5]$`)},
+	{"NAMESPACE", "goods", "a prefix of Redis keys and NATS names: a lower-case letter, then up to 31 letters, digits, - and _", regexp.MustCompile(`^[a-z][a-z0-9_-]{0,31}$`)},
+	{"LOG_LEVEL", "info", "debug, info, warn or error", regexp.MustCompile(`^(?i)(debug|info|warn|error)$`)},
 }
 
-// parseURL returns nil for what is no URL with a host and one of the schemes.
-func parseURL(value string, schemes ...string) *url.URL {
-	u, err := url.Parse(value)
-	if err != nil || u.Hostname() == "" || !slices.Contains(schemes, u.Scheme) {
-		return nil
-	}
-	return u
-}
-
-func number(value string, most int) (n int, ok bool) {
-	n, err := strconv.Atoi(value)
-	return n, err == nil && n >= 1 && n <= most
-}
-
-// readConfig reports every bad variable at once.
+// readConfig reports every bad variable at once, and never a value: it may
+// hold a password.
 func readConfig(getenv func(string) string) (*config, error) {
-	c := &config{}
+	values := map[string]string{}
 	var bad []string
 	for _, v := range variables {
-		value := getenv(v.name)
-		if value == "" {
-			value = v.fallback
+		values[v.name] = getenv(v.name)
+		if values[v.name] == "" {
+			values[v.name] = v.fallback
 		}
-		if !v.parse(c, value) {
-			bad = append(bad, v.name+" "+v.complaint)
+		if !v.pattern.MatchString(values[v.name]) || !usable(v.name, values[v.name]) {
+			bad = append(bad, v.name+" must be "+v.help)
 		}
 	}
 	if len(bad) > 0 {
 		return nil, errors.New(strings.Join(bad, "; "))
 	}
-	return c, nil
+	c := &config{addr: values["HTTP_ADDR"], postgres: values["POSTGRES_URL"], redis: values["REDIS_URL"], nats: values["NATS_URL"], namespace: values["NAMESPACE"]}
+	c.clickhouse, _ = clickhouse.ParseDSN(values["CLICKHOUSE_URL"])
+	c.eventsBatch, _ = strconv.Atoi(values["EVENTS_BATCH"])
+	c.natsReplicas, _ = strconv.Atoi(values["NATS_REPLICAS"])
+	return c, c.logLevel.UnmarshalText([]byte(values["LOG_LEVEL"]))
+}
+
+// usable asks those who will parse a value whether they can.
+func usable(name, value string) bool {
+	switch name {
+	case "HTTP_ADDR":
+		_, port, err := net.SplitHostPort(value)
+		_, bad := strconv.ParseUint(port, 10, 16)
+		return err == nil && bad == nil
+	case "POSTGRES_URL":
+		_, err := pq.NewConfig(value)
+		return err == nil
+	case "REDIS_URL", "NATS_URL":
+		return !slices.ContainsFunc(strings.Split(value, ","), func(server string) bool {
+			u, err := url.Parse(strings.TrimSpace(server))
+			return err != nil || u.Hostname() == ""
+		})
+	case "CLICKHOUSE_URL":
+		options, err := clickhouse.ParseDSN(value)
+		return err == nil && !slices.ContainsFunc(options.Addr, func(server string) bool { // the driver knows no default port
+			_, port, err := net.SplitHostPort(server)
+			return err != nil || port == ""
+		})
+	}
+	return true
 }
 
 func usage(w io.Writer) {

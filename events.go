@@ -21,7 +21,6 @@ const (
 	relayBatch   = 500         // events claimed in one transaction, or one batch of them
 	relayPoll    = time.Second // at most; a nudge comes earlier
 	relaySettle  = 20 * time.Millisecond
-	maxMessage   = 256 << 10       // bytes of events in one message, but for a single larger one
 	eventTimeout = 5 * time.Second // for one exchange with ClickHouse, or one statement of Postgres
 	natsTimeout  = 2 * time.Second // for one answer of NATS; what is then sent again is a repeat
 	ackWait      = 10 * time.Second
@@ -31,17 +30,18 @@ const (
 	streamLimit  = 1_000_000 // messages; past it NATS refuses, and rows wait in Postgres
 )
 
-// event is one version of a good, as it travels from the outbox to ClickHouse.
+// event is one version of a good, as it travels from the outbox to ClickHouse:
+// a row of the outbox as JSON.
 type event struct {
-	Outbox      int64     `json:"outbox"` // the row to delete once ClickHouse holds the event
-	ID          int32     `json:"id"`
-	ProjectID   int32     `json:"projectId"`
+	Outbox      int64     `json:"id"` // the row to delete once ClickHouse holds the event
+	ID          int32     `json:"good_id"`
+	ProjectID   int32     `json:"project_id"`
 	Name        string    `json:"name"`
 	Description string    `json:"description"`
 	Priority    int32     `json:"priority"`
 	Removed     bool      `json:"removed"`
 	Version     int32     `json:"version"`
-	Time        time.Time `json:"time"`
+	Time        time.Time `json:"event_time"`
 }
 
 // pipeline moves events from the outbox through NATS into ClickHouse: a
@@ -109,14 +109,28 @@ func (p *pipeline) relay(ctx context.Context) {
 	}
 }
 
+// A row is a batch: it is full, or has waited for a second, or is as large as a
+// message should be.
 const claimEvents = `
-SELECT id, good_id, project_id, name, description, priority, removed, version, event_time,
-       event_time < clock_timestamp() - interval '1 second'
-FROM outbox
-WHERE published_at IS NULL
-ORDER BY id
-LIMIT $1
-FOR UPDATE SKIP LOCKED`
+WITH claimed AS MATERIALIZED (
+    SELECT *
+    FROM outbox
+    WHERE published_at IS NULL
+    ORDER BY id
+    LIMIT $1
+    FOR UPDATE SKIP LOCKED
+), event AS (
+    SELECT id, event_time, row_to_json(claimed)::text AS text
+    FROM claimed
+), numbered AS (
+    SELECT *, (row_number() OVER (ORDER BY id) - 1) / $2 AS batch, sum(length(text)) OVER (ORDER BY id) / 100000 AS part
+    FROM event
+)
+SELECT array_agg(id ORDER BY id), '[' || string_agg(text, ',' ORDER BY id) || ']'
+FROM numbered
+GROUP BY batch, part
+HAVING count(*) = $2 OR min(event_time) < clock_timestamp() - interval '1 second'
+ORDER BY min(id)`
 
 const markPublished = `
 UPDATE outbox
@@ -124,72 +138,39 @@ SET published_at = clock_timestamp()
 WHERE id = ANY ($1)`
 
 // publish claims, publishes and marks events, and tells whether there may be
-// more. The rows stay locked until NATS has acknowledged all of them. Fewer
-// than a batch are left for a second, for others to join them.
+// more. The rows stay locked until NATS has acknowledged all of them.
 func (p *pipeline) publish() (more bool, err error) {
 	if !p.nats.IsConnected() {
 		return false, nats.ErrDisconnected
 	}
-	claimed := 0
 	most := max(relayBatch/p.batch, 1) * p.batch
+	var all pq.Int64Array
 	err = p.db.inTx(func(tx *sql.Tx) error {
-		var events []event
-		var ids pq.Int64Array
-		anyDue := false
-		err := p.db.query(tx, claimEvents, []any{most}, func(rows *sql.Rows) error {
-			var e event
-			var due bool
-			err := rows.Scan(&e.Outbox, &e.ID, &e.ProjectID, &e.Name, &e.Description, &e.Priority, &e.Removed, &e.Version, &e.Time, &due)
-			events, ids, anyDue = append(events, e), append(ids, e.Outbox), anyDue || due
-			return err
-		})
-		claimed = len(events)
-		if !anyDue {
-			events = events[:claimed-claimed%p.batch]
-		}
-		if err != nil || len(events) == 0 {
-			return err
-		}
-		if err := p.send(events); err != nil {
-			return fmt.Errorf("publish: %w", err)
-		}
-		p.counts.published.Add(int64(len(events)))
-		return p.db.query(tx, markPublished, []any{ids[:len(events)]}, nil)
-	})
-	return err == nil && claimed == most, err
-}
-
-// send publishes events and waits until NATS has acknowledged each message.
-func (p *pipeline) send(events []event) error {
-	var acks []jetstream.PubAckFuture
-	for len(events) > 0 {
-		message, n := []byte{'['}, 0
-		for ; n < min(len(events), p.batch); n++ {
-			text, err := json.Marshal(events[n])
-			if err != nil {
+		var acks []jetstream.PubAckFuture
+		err := p.db.query(tx, claimEvents, []any{most, p.batch}, func(rows *sql.Rows) error {
+			var ids pq.Int64Array
+			var message []byte
+			if err := rows.Scan(&ids, &message); err != nil {
 				return err
 			}
-			if n > 0 && len(message)+len(text) > maxMessage {
-				break
+			ack, err := p.js.PublishAsync(p.namespace+".events", message, jetstream.WithMsgID(fmt.Sprint(ids[0], "-", len(ids))))
+			all, acks = append(all, ids...), append(acks, ack)
+			return err
+		})
+		if err != nil || len(all) == 0 {
+			return err
+		}
+		for _, ack := range acks {
+			select {
+			case <-ack.Ok():
+			case err := <-ack.Err(): // after natsTimeout, at the latest
+				return fmt.Errorf("publish: %w", err)
 			}
-			message = append(append(message, text...), ',')
 		}
-		message[len(message)-1] = ']'
-		id := fmt.Sprintf("%d-%d", events[0].Outbox, events[n-1].Outbox)
-		ack, err := p.js.PublishAsync(p.namespace+".events", message, jetstream.WithMsgID(id))
-		if err != nil {
-			return err
-		}
-		acks, events = append(acks, ack), events[n:]
-	}
-	for _, ack := range acks {
-		select {
-		case <-ack.Ok():
-		case err := <-ack.Err(): // after natsTimeout, at the latest
-			return err
-		}
-	}
-	return nil
+		p.counts.published.Add(int64(len(all)))
+		return p.db.query(tx, markPublished, []any{all}, nil)
+	})
+	return err == nil && len(all) == most, err
 }
 
 // drain moves events from NATS into ClickHouse, until ctx ends. Replicas share

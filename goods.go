@@ -9,26 +9,27 @@ import (
 	"time"
 )
 
-// failure is an error that a client is told about. Every other error is
-// internal, and its cause goes to the log only.
+// failure is an error that a client is told about, as JSON. Every other error
+// is internal, and its cause goes to the log only.
 type failure struct {
-	status  int // of HTTP
-	code    int
-	message string
-	details map[string]string // what is wrong with each bad field
+	Status  int               `json:"-"` // of HTTP
+	Code    int               `json:"code"`
+	Message string            `json:"message"`
+	Details map[string]string `json:"details"` // what is wrong with each bad field
 }
 
-func (f *failure) Error() string { return fmt.Sprint(f.message, " ", f.details) }
+func (f *failure) Error() string { return fmt.Sprint(f.Message, " ", f.Details) }
 
 var (
-	errGoodNotFound     = &failure{status: 404, code: 3, message: "errors.good.notFound"}
-	errCampaignNotFound = &failure{status: 404, code: 4, message: "errors.campaign.notFound"}
-	errKeyReused        = &failure{status: 422, code: 9, message: "errors.request.keyReused"}
+	none                = map[string]string{}
+	errGoodNotFound     = &failure{404, 3, "errors.good.notFound", none}
+	errCampaignNotFound = &failure{404, 4, "errors.campaign.notFound", none}
+	errKeyReused        = &failure{422, 9, "errors.request.keyReused", none}
 )
 
 // invalid is the failure of a request with these bad fields.
 func invalid(details map[string]string) error {
-	return &failure{status: 400, code: 2, message: "errors.request.invalid", details: details}
+	return &failure{400, 2, "errors.request.invalid", details}
 }
 
 // good is one version of one row of goods.

@@ -17,11 +17,11 @@ import (
 
 // The failures that only HTTP knows.
 var (
-	errInternal      = &failure{status: http.StatusInternalServerError, code: 1, message: "errors.internal"}
-	errRouteNotFound = &failure{status: http.StatusNotFound, code: 5, message: "errors.route.notFound"}
-	errMethod        = &failure{status: http.StatusMethodNotAllowed, code: 6, message: "errors.method.notAllowed"}
-	errTooLarge      = &failure{status: http.StatusRequestEntityTooLarge, code: 7, message: "errors.request.tooLarge"}
-	errUnavailable   = &failure{status: http.StatusServiceUnavailable, code: 8, message: "errors.service.unavailable"}
+	errInternal      = &failure{500, 1, "errors.internal", none}
+	errRouteNotFound = &failure{404, 5, "errors.route.notFound", none}
+	errMethod        = &failure{405, 6, "errors.method.notAllowed", none}
+	errTooLarge      = &failure{413, 7, "errors.request.tooLarge", none}
+	errUnavailable   = &failure{503, 8, "errors.service.unavailable", none}
 )
 
 //go:embed openapi.yaml
@@ -36,8 +36,9 @@ type api struct {
 	log     *slog.Logger
 }
 
-// handler serves one route. An error becomes the reply.
-type handler func(w http.ResponseWriter, r *http.Request) error
+// handler serves one route. The reply is JSON already, or becomes it; an error
+// becomes the reply.
+type handler func(w http.ResponseWriter, r *http.Request) (status int, reply any, err error)
 
 // routes returns the API, with JSON errors for every other request.
 func (a *api) routes() http.Handler {
@@ -47,9 +48,9 @@ func (a *api) routes() http.Handler {
 		known[path] = true
 		counts := a.counts.route(path)
 		mux.Handle(method+" "+path, a.answer(counts, h))
-		mux.Handle(path, a.answer(counts, func(w http.ResponseWriter, _ *http.Request) error {
+		mux.Handle(path, a.answer(counts, func(w http.ResponseWriter, _ *http.Request) (int, any, error) {
 			w.Header().Set("Allow", strings.Replace(method, "GET", "GET, HEAD", 1))
-			return errMethod
+			return 0, nil, errMethod
 		}))
 	}
 	handle("POST", "/goods/create", a.create)
@@ -57,26 +58,24 @@ func (a *api) routes() http.Handler {
 	handle("PATCH", "/goods/reprioritize", a.reprioritize)
 	handle("DELETE", "/goods/remove", a.remove)
 	handle("GET", "/goods/list", a.list)
-	handle("GET", "/healthz", func(w http.ResponseWriter, _ *http.Request) error {
-		return writeJSON(w, http.StatusOK, map[string]string{"status": "ok"}, nil)
+	handle("GET", "/healthz", func(http.ResponseWriter, *http.Request) (int, any, error) {
+		return http.StatusOK, map[string]string{"status": "ok"}, nil
 	})
-	handle("GET", "/readyz", func(w http.ResponseWriter, _ *http.Request) error {
-		status := http.StatusOK
+	handle("GET", "/readyz", func(http.ResponseWriter, *http.Request) (int, any, error) {
 		if a.closing.Load() || !a.health.up("postgres") {
-			status = http.StatusServiceUnavailable
+			return http.StatusServiceUnavailable, a.health, nil
 		}
-		return writeJSON(w, status, a.health, nil)
+		return http.StatusOK, a.health, nil
 	})
-	handle("GET", "/metrics", func(w http.ResponseWriter, _ *http.Request) error {
+	handle("GET", "/metrics", func(w http.ResponseWriter, _ *http.Request) (int, any, error) {
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		return a.counts.write(w, a.health)
+		return http.StatusOK, a.counts.text(a.health), nil
 	})
-	handle("GET", "/openapi.yaml", func(w http.ResponseWriter, _ *http.Request) error {
+	handle("GET", "/openapi.yaml", func(w http.ResponseWriter, _ *http.Request) (int, any, error) {
 		w.Header().Set("Content-Type", "application/yaml")
-		_, err := w.Write(openAPI)
-		return err
+		return http.StatusOK, openAPI, nil
 	})
-	unknown := a.answer(a.counts.route("other"), func(http.ResponseWriter, *http.Request) error { return errRouteNotFound })
+	unknown := a.answer(a.counts.route("other"), func(http.ResponseWriter, *http.Request) (int, any, error) { return 0, nil, errRouteNotFound })
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !known[r.URL.EscapedPath()] { // paths are exact: the mux would redirect one that it can clean
 			unknown.ServeHTTP(w, r)
@@ -86,98 +85,120 @@ func (a *api) routes() http.Handler {
 	})
 }
 
-func (a *api) create(w http.ResponseWriter, r *http.Request) error {
+func (a *api) create(w http.ResponseWriter, r *http.Request) (int, any, error) {
 	in := readInput(w, r, "name", "description")
-	q := createRequest{ProjectID: in.number("projectId"), Key: in.idempotencyKey(r.Header)}
+	q := createRequest{ProjectID: in.number("projectId", 0, maxInt32), Key: in.idempotencyKey(r.Header)}
 	name, description := in.name(), in.text("description", maxDescription)
 	if err := in.fault(); err != nil {
-		return err
+		return 0, nil, err
 	}
 	q.Name = *name
 	if description != nil {
 		q.Description = *description
 	}
 	created, err := a.service.creates.do(r.Context(), q)
-	status := http.StatusCreated
 	if created.repeated {
-		status = http.StatusOK
+		return http.StatusOK, &created.good, err
 	}
-	return writeJSON(w, status, &created.good, err)
+	return http.StatusCreated, &created.good, err
 }
 
-func (a *api) update(w http.ResponseWriter, r *http.Request) error {
+func (a *api) update(w http.ResponseWriter, r *http.Request) (int, any, error) {
 	in := readInput(w, r, "name", "description")
-	q := editRequest{ID: in.number("id"), ProjectID: in.number("projectId"), Name: in.name(), Description: in.text("description", maxDescription)}
+	q := in.edit()
+	q.Name, q.Description = in.name(), in.text("description", maxDescription)
 	if err := in.fault(); err != nil {
-		return err
+		return 0, nil, err
 	}
 	g, err := a.service.edits.do(r.Context(), q)
-	return writeJSON(w, http.StatusOK, &g, err)
+	return http.StatusOK, &g, err
 }
 
-func (a *api) reprioritize(w http.ResponseWriter, r *http.Request) error {
+func (a *api) reprioritize(w http.ResponseWriter, r *http.Request) (int, any, error) {
 	in := readInput(w, r, "newPriority")
-	q := moveRequest{in.number("id"), in.number("projectId"), in.integer("newPriority")}
+	q := moveRequest{in.number("id", 0, maxInt32), in.number("projectId", 0, maxInt32), in.integer("newPriority")}
 	if err := in.fault(); err != nil {
-		return err
+		return 0, nil, err
 	}
 	places, err := a.service.moves.do(r.Context(), q)
-	return writeJSON(w, http.StatusOK, map[string][]place{"priorities": places}, err)
+	return http.StatusOK, map[string][]place{"priorities": places}, err
 }
 
-func (a *api) remove(w http.ResponseWriter, r *http.Request) error {
+func (a *api) remove(w http.ResponseWriter, r *http.Request) (int, any, error) {
 	in := readInput(w, r)
-	q := editRequest{ID: in.number("id"), ProjectID: in.number("projectId"), Removed: true}
+	q := in.edit()
+	q.Removed = true
 	if err := in.fault(); err != nil {
-		return err
+		return 0, nil, err
 	}
 	g, err := a.service.edits.do(r.Context(), q)
-	return writeJSON(w, http.StatusOK, struct {
+	return http.StatusOK, struct {
 		ID         int32 `json:"id"`
 		CampaignID int32 `json:"campaignId"`
 		Removed    bool  `json:"removed"`
-	}{g.ID, g.ProjectID, g.Removed}, err)
+	}{g.ID, g.ProjectID, g.Removed}, err
 }
 
-func (a *api) list(w http.ResponseWriter, r *http.Request) error {
+func (a *api) list(w http.ResponseWriter, r *http.Request) (int, any, error) {
 	in := readInput(w, r)
-	q := listRequest{in.numberOr("limit", 10, maxLimit), in.numberOr("offset", 1, maxInt32)}
+	q := listRequest{in.number("limit", 10, maxLimit), in.number("offset", 1, maxInt32)}
 	if err := in.fault(); err != nil {
-		return err
+		return 0, nil, err
 	}
 	page, err := a.service.lists.do(r.Context(), q)
-	if err == nil {
-		writeBody(w, http.StatusOK, page)
-	}
-	return err
+	return http.StatusOK, page, err
 }
 
-// answer adapts a handler: it turns its error, or panic, into a reply, and
-// counts and logs the request once.
+// answer adapts a handler: it writes the reply, and counts and logs the
+// request once.
 func (a *api) answer(counts *routeMetrics, h handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
-		id := requestID(r)
-		w.Header().Set("X-Request-Id", id)
-		reply := &recorder{ResponseWriter: w, status: http.StatusOK}
-		err := h.safely(reply, r)
-		if err != nil {
-			a.writeError(reply, r, id, err)
+		id := r.Header.Get("X-Request-Id")
+		if id == "" || len(id) > 128 || !printable(id) || strings.Contains(id, " ") {
+			id = strconv.FormatUint(rand.Uint64(), 36)
 		}
+		w.Header().Set("X-Request-Id", id)
+		status, reply, err := h.safely(w, r)
+		body, ok := reply.([]byte)
+		if !ok && err == nil {
+			body, err = encodeJSON(reply)
+			body = append(body, '\n')
+		}
+		if err != nil {
+			f := failureOf(err)
+			if f == errInternal {
+				a.log.Error("request failed", "id", id, "method", r.Method, "path", r.URL.Path, "err", err)
+			}
+			if f == errUnavailable {
+				w.Header().Set("Retry-After", "1")
+			}
+			status = f.Status
+			body, _ = encodeJSON(f)
+			body = append(body, '\n')
+		}
+		if w.Header().Get("Content-Type") == "" {
+			w.Header()["Content-Type"] = jsonType
+		}
+		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+		w.WriteHeader(status)
+		_, _ = w.Write(body) // its errors are the client's
 		if errors.Is(r.Context().Err(), context.Canceled) {
-			reply.status = 499 // the client has gone, or is very slow: the reply is hardly read
+			status = 499 // the client has gone, or is very slow: the reply is hardly read
 		}
 		took := time.Since(start).Seconds()
 		counts.latency.observe(took)
-		counts.statuses[reply.status].Add(1)
+		counts.statuses[status].Add(1)
 		if a.log.Enabled(r.Context(), slog.LevelDebug) { // or its values would be made for nothing
-			a.log.Debug("request", "id", id, "method", r.Method, "path", r.URL.Path, "status", reply.status, "seconds", took, "err", err)
+			a.log.Debug("request", "id", id, "method", r.Method, "path", r.URL.Path, "status", status, "seconds", took, "err", err)
 		}
 	})
 }
 
+var jsonType = []string{"application/json"}
+
 // safely turns a panic into an error.
-func (h handler) safely(w http.ResponseWriter, r *http.Request) (err error) {
+func (h handler) safely(w http.ResponseWriter, r *http.Request) (status int, reply any, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
@@ -186,71 +207,14 @@ func (h handler) safely(w http.ResponseWriter, r *http.Request) (err error) {
 	return h(w, r)
 }
 
-func (a *api) writeError(w http.ResponseWriter, r *http.Request, id string, err error) {
+// failureOf is what a client is told about err.
+func failureOf(err error) *failure {
 	var f *failure
 	switch {
 	case errors.As(err, &f):
+		return f
 	case unavailable(err):
-		f = errUnavailable
-		w.Header().Set("Retry-After", "1")
-	default:
-		f = errInternal
-		a.log.Error("request failed", "id", id, "method", r.Method, "path", r.URL.Path, "err", err)
+		return errUnavailable
 	}
-	details := f.details
-	if details == nil {
-		details = map[string]string{}
-	}
-	_ = writeJSON(w, f.status, struct {
-		Code    int               `json:"code"`
-		Message string            `json:"message"`
-		Details map[string]string `json:"details"`
-	}{f.code, f.message, details}, nil)
-}
-
-// recorder remembers the status of a reply.
-type recorder struct {
-	http.ResponseWriter
-	status int
-}
-
-func (r *recorder) WriteHeader(status int) {
-	r.status = status
-	r.ResponseWriter.WriteHeader(status)
-}
-
-// Unwrap lets MaxBytesReader reach the connection.
-func (r *recorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }
-
-// requestID returns the caller's X-Request-Id if it is fit for a log, else a
-// new one.
-func requestID(r *http.Request) string {
-	id := r.Header.Get("X-Request-Id")
-	if id == "" || len(id) > 128 || strings.ContainsFunc(id, func(c rune) bool { return c <= ' ' || c > '~' }) {
-		id = strconv.FormatUint(rand.Uint64(), 36)
-	}
-	return id
-}
-
-// writeJSON writes v, or returns err if there is one. It encodes v before it
-// writes anything.
-func writeJSON(w http.ResponseWriter, status int, v any, err error) error {
-	if err != nil {
-		return err
-	}
-	body, err := encodeJSON(v)
-	if err == nil {
-		writeBody(w, status, append(body, '\n'))
-	}
-	return err
-}
-
-var jsonType = []string{"application/json"}
-
-// writeBody sends a reply that is JSON already. Its errors are the client's.
-func writeBody(w http.ResponseWriter, status int, body []byte) {
-	w.Header()["Content-Type"] = jsonType
-	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
-	w.WriteHeader(status)
-	_, _ = w.Write(body)
+	return errInternal
 }

@@ -12,15 +12,11 @@ import (
 
 const (
 	maxLimit = 1000
-	// maxRead limits the goods, and so the memory, of one exchange with the stores.
-	maxRead = 1000
+	maxRead  = 1000 // goods, and so memory, of one exchange with the stores
 )
 
-// listRequest asks for limit goods from the position offset on; both are at
-// least 1.
-type listRequest struct {
-	limit, offset int32
-}
+// listRequest asks for limit goods from the position offset on, both from 1.
+type listRequest struct{ limit, offset int32 }
 
 func (q listRequest) apart() any { return nil }
 
@@ -61,10 +57,10 @@ func (s *service) readTogether(pages []listRequest, replies map[listRequest][]by
 	v.goods = s.cache.get(v.keys)
 	var rest []listRequest
 	for _, q := range pages {
-		if goods := v.page(q); slices.ContainsFunc(goods, isMissing) {
+		if slices.ContainsFunc(v.page(q), func(good []byte) bool { return good == nil }) {
 			rest = append(rest, q)
 		} else {
-			replies[q] = pageJSON(q, v, goods)
+			replies[q] = v.pageJSON(q)
 		}
 	}
 	if len(rest) == 0 {
@@ -74,13 +70,11 @@ func (s *service) readTogether(pages []listRequest, replies map[listRequest][]by
 		return fmt.Errorf("read goods: %w", err)
 	}
 	for _, q := range rest {
-		replies[q] = pageJSON(q, v, v.page(q))
+		replies[q] = v.pageJSON(q)
 	}
 	s.cache.put(v.keys, v.goods)
 	return nil
 }
-
-func isMissing(good []byte) bool { return good == nil }
 
 // view is a moment of the list: all goods at some positions.
 type view struct {
@@ -93,14 +87,12 @@ type view struct {
 func newView(pages []listRequest) *view {
 	v := &view{}
 	for _, q := range pages {
-		for n := range q.limit {
+		for n := int32(0); n < q.limit && q.offset <= maxInt32-n; n++ {
 			v.positions = append(v.positions, q.offset+n)
 		}
 	}
-	if len(pages) > 1 {
-		slices.Sort(v.positions)
-		v.positions = slices.Compact(v.positions)
-	}
+	slices.Sort(v.positions)
+	v.positions = slices.Compact(v.positions)
 	return v
 }
 
@@ -153,25 +145,19 @@ func (s *service) readWhole(pages []listRequest) (*view, error) {
 }
 
 // pageJSON puts a reply together.
-func pageJSON(q listRequest, v *view, goods [][]byte) []byte {
-	size := 128 // for the rest
-	for _, g := range goods {
-		size += len(g) + 1
+func (v *view) pageJSON(q listRequest) []byte {
+	page := v.page(q)
+	size := 128 // for meta
+	for _, good := range page {
+		size += len(good) + 1
 	}
-	b := append(make([]byte, 0, size), `{"meta":{"total":`...)
-	b = strconv.AppendInt(b, v.total, 10)
-	b = append(b, `,"removed":`...)
-	b = strconv.AppendInt(b, v.removed, 10)
-	b = append(b, `,"limit":`...)
-	b = strconv.AppendInt(b, int64(q.limit), 10)
-	b = append(b, `,"offset":`...)
-	b = strconv.AppendInt(b, int64(q.offset), 10)
-	b = append(b, `},"goods":[`...)
-	for i, g := range goods {
+	b := make([]byte, 0, size)
+	b = fmt.Appendf(b, `{"meta":{"total":%d,"removed":%d,"limit":%d,"offset":%d},"goods":[`, v.total, v.removed, q.limit, q.offset)
+	for i, good := range page {
 		if i > 0 {
 			b = append(b, ',')
 		}
-		b = append(b, g...)
+		b = append(b, good...)
 	}
 	return append(b, "]}\n"...)
 }

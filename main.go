@@ -29,8 +29,8 @@ const (
 	shutdownTimeout  = 10 * time.Second        // for the requests in flight
 )
 
-// version is set by the linker.
-var version = "(devel)"
+// version is set by the linker, or what Go knows of the source.
+var version string
 
 func main() {
 	if os.Getenv("GOGC") == "" {
@@ -91,17 +91,11 @@ func newLog(w io.Writer, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(w, options))
 }
 
-// versionText is the program's version, its revision, and Go's version.
 func versionText() string {
-	text := "goods " + version
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, s := range info.Settings {
-			if s.Key == "vcs.revision" {
-				text += " " + s.Value
-			}
-		}
+	if info, ok := debug.ReadBuildInfo(); ok && version == "" {
+		version = info.Main.Version
 	}
-	return text + " " + runtime.Version()
+	return "goods " + version + " " + runtime.Version()
 }
 
 // healthcheck succeeds if the service that listens on addr is up.

@@ -35,8 +35,7 @@ type health struct {
 func (h *health) watch(ctx context.Context) {
 	for name, ping := range h.pings {
 		go func() {
-			state := state{log: h.log, name: name}
-			for ; ctx.Err() == nil; pause(ctx, pingEvery) {
+			for state := (state{log: h.log, name: name}); ctx.Err() == nil; pause(ctx, pingEvery) {
 				limited, cancel := context.WithTimeout(ctx, downAfter)
 				err := ping(limited)
 				cancel()
@@ -64,10 +63,9 @@ type state struct {
 }
 
 func (s *state) report(err error) {
-	switch was := s.failing; {
-	case err != nil && !was:
+	if err != nil && !s.failing {
 		s.log.Warn("failing", "name", s.name, "err", err)
-	case err == nil && was:
+	} else if err == nil && s.failing {
 		s.log.Info("recovered", "name", s.name)
 	}
 	s.failing = err != nil
@@ -166,8 +164,8 @@ func (m *metrics) pingPostgres(context.Context) error {
 	})
 }
 
-// write prints everything in Prometheus' text format.
-func (m *metrics) write(w io.Writer, h *health) error {
+// text is everything in Prometheus' text format.
+func (m *metrics) text(h *health) []byte {
 	var b bytes.Buffer
 	head := func(name, kind, help string) { fmt.Fprintf(&b, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind) }
 	routes, batches, servers := slices.Sorted(maps.Keys(m.routes)), slices.Sorted(maps.Keys(m.sizes)), slices.Sorted(maps.Keys(h.pings))
@@ -231,6 +229,5 @@ func (m *metrics) write(w io.Writer, h *health) error {
 		head(v.name, kind, v.help)
 		fmt.Fprintf(&b, "%s %s\n", v.name, strconv.FormatFloat(v.value, 'f', -1, 64))
 	}
-	_, err := w.Write(b.Bytes())
-	return err
+	return b.Bytes()
 }

@@ -5,18 +5,14 @@ import (
 	"crypto/sha256"
 	"database/sql"
 	"embed"
-	"encoding/hex"
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"maps"
 	"path"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/ClickHouse/clickhouse-go/v2"
-	"github.com/lib/pq"
 )
 
 // Migrations are files NNNN_name.sql, applied in the order of their names.
@@ -61,26 +57,25 @@ CREATE TABLE IF NOT EXISTS schema_migrations (
 			if err != nil {
 				return err
 			}
-			sum := sha256.Sum256(text)
-			checksum := hex.EncodeToString(sum[:])
+			checksum := fmt.Sprintf("%x", sha256.Sum256(text))
 			was, ok := recorded[name]
 			delete(recorded, name)
-			if ok && was != checksum {
-				return fmt.Errorf("%s was changed after it had been applied: restore it, and put the change into a new file", name)
-			}
-			if ok {
+			if ok && was == checksum {
 				continue
 			}
+			if ok {
+				return fmt.Errorf("%s was changed after it had been applied: restore it, and put the change into a new file", name)
+			}
 			if _, err := tx.Exec(string(text)); err != nil {
-				return fmt.Errorf("%s:%d: %w", name, lineOf(err, text), err)
+				return fmt.Errorf("%s: %w", name, err)
 			}
 			if _, err := tx.Exec(`INSERT INTO schema_migrations (name, checksum) VALUES ($1, $2)`, name, checksum); err != nil {
 				return err
 			}
 			log.Info("migrating", "database", "postgres", "file", name)
 		}
-		if unknown := slices.Sorted(maps.Keys(recorded)); len(unknown) > 0 {
-			return fmt.Errorf("%s was applied to this database but is not part of this program: is the program older than the database?", unknown[0])
+		for name := range recorded {
+			return fmt.Errorf("%s was applied to this database but is not part of this program: is the program older than the database?", name)
 		}
 		return nil
 	})
@@ -88,16 +83,6 @@ CREATE TABLE IF NOT EXISTS schema_migrations (
 		return fmt.Errorf("migrate postgres: %w", err)
 	}
 	return nil
-}
-
-// lineOf is the line of text that err names, 1 if it names none.
-func lineOf(err error, text []byte) int {
-	at := 0
-	if e := pq.As(err); e != nil {
-		at, _ = strconv.Atoi(e.Position) // in characters, from 1
-	}
-	runes := []rune(string(text))
-	return 1 + strings.Count(string(runes[:max(0, min(at-1, len(runes)))]), "\n")
 }
 
 // migrateClickHouse runs the files of sql/clickhouse.

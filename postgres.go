@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -39,13 +40,11 @@ func openPostgres(url string, conns int, limit time.Duration, settings map[strin
 	if cfg.ConnectTimeout == 0 {
 		cfg.ConnectTimeout = 1500 * time.Millisecond // so that a second host gets its turn within a request's time
 	}
-	millis := func(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
-	runtime := map[string]string{
-		"statement_timeout":                   millis(limit),
-		"lock_timeout":                        millis(limit * 3 / 4),
-		"idle_in_transaction_session_timeout": millis(limit),
-		"TimeZone":                            "UTC",
-	}
+	timeout := strconv.FormatInt(limit.Milliseconds(), 10)
+	// Every query of the service finds its rows by an index. A plan that was made
+	// while the tables were small must not scan them when they have grown.
+	runtime := map[string]string{"TimeZone": "UTC", "enable_seqscan": "off", "jit": "off", "statement_timeout": timeout, "idle_in_transaction_session_timeout": timeout,
+		"lock_timeout": strconv.FormatInt(limit.Milliseconds()*3/4, 10)}
 	maps.Copy(runtime, cfg.Runtime)
 	maps.Copy(runtime, settings)
 	cfg.Runtime = runtime
@@ -53,7 +52,7 @@ func openPostgres(url string, conns int, limit time.Duration, settings map[strin
 	if err != nil {
 		return nil, err
 	}
-	connector.Dialer(limitedDialer(limit + limit/8)) // the server's own limit comes first
+	connector.Dialer(limitedDialer{limit: limit + limit/8}) // the server's own limit comes first
 	db := sql.OpenDB(connector)
 	db.SetMaxOpenConns(conns)
 	db.SetMaxIdleConns(conns) // the default of 2 would reconnect all the time
@@ -61,22 +60,15 @@ func openPostgres(url string, conns int, limit time.Duration, settings map[strin
 	return &database{DB: db}, nil
 }
 
-// limitedDialer makes connections whose reads and writes fail after that time.
-type limitedDialer time.Duration
+// limitedDialer makes connections on which an exchange fails after limit.
+type limitedDialer struct {
+	pq.Dialer // is never called: lib/pq prefers DialContext
+	limit     time.Duration
+}
 
 func (d limitedDialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	c, err := new(net.Dialer).DialContext(ctx, network, address)
-	return &limitedConn{Conn: c, limit: time.Duration(d)}, err
-}
-
-func (d limitedDialer) Dial(network, address string) (net.Conn, error) {
-	return d.DialContext(context.Background(), network, address)
-}
-
-func (d limitedDialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), timeout)
-	defer cancel()
-	return d.DialContext(ctx, network, address)
+	return &limitedConn{Conn: c, limit: d.limit}, err
 }
 
 type limitedConn struct {
@@ -90,24 +82,13 @@ func (c *limitedConn) SetDeadline(t time.Time) error {
 	return c.Conn.SetDeadline(t)
 }
 
-// deadline is the earlier of the two limits.
-func (c *limitedConn) deadline() time.Time {
-	t := time.Now().Add(c.limit)
-	if !c.until.IsZero() && c.until.Before(t) {
-		return c.until
-	}
-	return t
-}
-
-func (c *limitedConn) Read(b []byte) (int, error) {
-	if err := c.SetReadDeadline(c.deadline()); err != nil {
-		return 0, err
-	}
-	return c.Conn.Read(b)
-}
-
+// Write begins an exchange: what is read next has to come within its limit.
 func (c *limitedConn) Write(b []byte) (int, error) {
-	if err := c.SetWriteDeadline(c.deadline()); err != nil {
+	end := time.Now().Add(c.limit)
+	if !c.until.IsZero() && c.until.Before(end) {
+		end = c.until
+	}
+	if err := c.Conn.SetDeadline(end); err != nil {
 		return 0, err
 	}
 	return c.Conn.Write(b)
@@ -130,8 +111,7 @@ func (db *database) inTx(f func(tx *sql.Tx) error) error {
 	if err := f(tx); err != nil {
 		return err
 	}
-	err = tx.Commit()
-	if err != nil && pq.As(err) == nil { // the server has not refused it
+	if err = tx.Commit(); err != nil && pq.As(err) == nil { // the server has not refused it
 		err = fmt.Errorf("commit: %w: %w", errOutcomeUnknown, err)
 	}
 	return err
@@ -185,12 +165,8 @@ func unavailable(err error) bool {
 		}
 		return e.Code == pqerror.LockNotAvailable || e.Code == pqerror.ReadOnlySQLTransaction
 	}
-	for _, target := range []error{driver.ErrBadConn, sql.ErrConnDone, io.EOF, io.ErrUnexpectedEOF, context.DeadlineExceeded, context.Canceled} {
-		if errors.Is(err, target) {
-			return true
-		}
-	}
-	return errors.As(err, new(net.Error))
+	known := []error{driver.ErrBadConn, sql.ErrConnDone, io.EOF, io.ErrUnexpectedEOF, context.DeadlineExceeded, context.Canceled}
+	return errors.As(err, new(net.Error)) || slices.ContainsFunc(known, func(target error) bool { return errors.Is(err, target) })
 }
 
 // awaitPostgres waits until the server answers, for about patience. A server

@@ -88,24 +88,23 @@ func (in *input) fault() error {
 	return nil
 }
 
-// number returns a query parameter that must be a positive 32-bit integer.
-func (in *input) number(name string) int32 {
-	if !in.query.Has(name) {
+// number returns a query parameter from 1 to most, or the default for one that
+// is absent; a default of 0 makes it required.
+func (in *input) number(name string, absent, most int32) int32 {
+	switch values := in.query[name]; {
+	case len(values) == 1:
+		return in.parse(name, values[0], most)
+	case len(values) > 1:
+		in.bad[name] = "must be given once"
+	case absent == 0:
 		in.bad[name] = "is required"
 	}
-	return in.numberOr(name, 0, maxInt32)
+	return absent
 }
 
-// numberOr is number for a parameter that may be absent, and has a limit.
-func (in *input) numberOr(name string, absent, most int32) int32 {
-	switch values := in.query[name]; len(values) {
-	case 0:
-		return absent
-	case 1:
-		return in.parse(name, values[0], most)
-	}
-	in.bad[name] = "must be given once"
-	return 0
+// edit returns a request for the good that the query names.
+func (in *input) edit() editRequest {
+	return editRequest{ID: in.number("id", 0, maxInt32), ProjectID: in.number("projectId", 0, maxInt32)}
 }
 
 // parse returns a number from 1 to most, in digits only.
@@ -181,10 +180,14 @@ func (in *input) idempotencyKey(h http.Header) string {
 	if len(values) == 0 {
 		return ""
 	}
-	if key := values[0]; len(values) > 1 {
+	if len(values) > 1 {
 		in.bad[name] = "must be given once"
-	} else if key == "" || len(key) > maxKey || strings.ContainsFunc(key, func(c rune) bool { return c < ' ' || c > '~' }) {
+	} else if values[0] == "" || len(values[0]) > maxKey || !printable(values[0]) {
 		in.bad[name] = fmt.Sprintf("must have 1 to %d printable ASCII characters", maxKey)
 	}
 	return values[0]
+}
+
+func printable(s string) bool {
+	return !strings.ContainsFunc(s, func(c rune) bool { return c < ' ' || c > '~' })
 }
