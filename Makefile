@@ -7,10 +7,10 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 .SILENT:
 
-NATIVE =
-TESTFLAGS =
-MINUTES = 5
-FUZZTIME = 30s
+NATIVE ?=
+TESTFLAGS ?=
+MINUTES ?= 5
+FUZZTIME ?= 30s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
 export VERSION := $(shell git describe --tags --dirty 2>/dev/null || echo dev)
