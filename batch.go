@@ -18,8 +18,7 @@ const (
 	batchAlone     = 4               // requests of a batcher that are tried alone at a time
 )
 
-// errTryAlone is the result of a request that a batch left undone, so that the
-// others need not wait for it.
+// errTryAlone is the result of a request that its batch did not wait for.
 var errTryAlone = errors.New("to be tried alone")
 
 // result is the answer to one request of a batch, or its own failure.
@@ -33,17 +32,14 @@ type request interface {
 	apart() any // what no two requests of a batch may have in common, or nil
 }
 
-// batcher turns concurrent calls into one. A call that finds no batch running
-// starts one, of itself and whatever else waits; those who come meanwhile form
-// the next. Alone, a call waits for nobody; under load, dozens share a round
-// trip or a commit. A call joins only a batch that has not begun, so a read
-// sees every write that was answered before it was asked.
+// batcher turns concurrent calls into one. A call that finds no batch running starts one, of itself and whatever else
+// waits; those who come meanwhile form the next. A call joins only a batch that has not begun, so a read sees every
+// write that was answered before it was asked.
 type batcher[Q request, A any] struct {
 	name  string
 	limit int // requests in one batch
-	// run answers a batch: one result for each request, in their order, or one
-	// error for all of them. After an error or errTryAlone it is called with
-	// single requests, from several goroutines.
+	// run answers a batch: one result for each request, in their order, or one error for all of them. After an error
+	// or errTryAlone it is called with single requests, from several goroutines.
 	run   func(requests []Q) ([]result[A], error)
 	sizes *histogram
 	log   *slog.Logger
@@ -64,9 +60,8 @@ func newBatcher[Q request, A any](name string, limit int, run func([]Q) ([]resul
 	return &batcher[Q, A]{name: name, limit: limit, run: run, sizes: counts.batch(name), log: log, alone: make(chan struct{}, batchAlone)}
 }
 
-// do answers one request, or fails when ctx ends or after requestTimeout. A
-// request that has not begun by then never will; one that has begun is
-// finished unheard.
+// do answers one request, or fails when ctx ends or after requestTimeout. A request that has not begun by then never
+// will; one that has begun is finished unheard.
 func (b *batcher[Q, A]) do(ctx context.Context, request Q) (answer A, err error) {
 	c := &call[Q, A]{request: request, done: make(chan result[A], 1)}
 	b.mu.Lock()
@@ -96,8 +91,8 @@ func (b *batcher[Q, A]) do(ctx context.Context, request Q) (answer A, err error)
 // lead runs one batch after the other until nobody waits.
 func (b *batcher[Q, A]) lead() {
 	for {
-		// Requests that have been read but not yet handed in are one scheduling
-		// step away: let them come, for the price of a microsecond.
+		// Requests that have been read but not yet handed in are one scheduling step away: let them come, for the
+		// price of a microsecond.
 		runtime.Gosched()
 		batch := b.next()
 		if batch == nil {
@@ -111,7 +106,7 @@ func (b *batcher[Q, A]) lead() {
 		results, err := b.try(requests)
 		for i, c := range batch {
 			switch {
-			case err == nil && !errors.Is(results[i].err, errTryAlone):
+			case err == nil && results[i].err != errTryAlone:
 				c.done <- results[i]
 			case errors.Is(err, errOutcomeUnknown):
 				c.done <- result[A]{err: err}
@@ -146,15 +141,14 @@ func (b *batcher[Q, A]) tryAlone(c *call[Q, A]) {
 	if c.gone.Load() {
 		return
 	}
-	if results, err := b.try([]Q{c.request}); err != nil {
-		c.done <- result[A]{err: err}
-	} else {
-		c.done <- results[0]
+	results, err := b.try([]Q{c.request})
+	if err != nil {
+		results = []result[A]{{err: err}}
 	}
+	c.done <- results[0]
 }
 
-// try runs requests once. A panic fails them and nothing else; whether they
-// were written is then not known.
+// try runs requests once. A panic fails them and nothing else; whether they were written is then not known.
 func (b *batcher[Q, A]) try(requests []Q) (results []result[A], err error) {
 	defer func() {
 		if p := recover(); p != nil {

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -23,16 +22,14 @@ const (
 	localLimit   = 4 << 20                // bytes of goods that the process itself holds
 )
 
-// key names one version of one good: its id, and the version in the lower 32
-// bits. A version never changes, so what is cached under a key cannot be stale.
+// key names one version of one good: its id, and the version in the lower 32 bits. A version never changes, so what
+// is cached under a key cannot be stale.
 type key int64
 
 func newKey(id, version int32) key { return key(int64(id)<<32 | int64(version)) }
 
-// cache keeps versions of goods, as the JSON that a list sends: a part in the
-// process itself, and in Redis what all replicas share. Redis is optional:
-// what fails there is a good that is missing here. All methods may be called
-// concurrently.
+// cache keeps versions of goods, as the JSON that a list sends: some in the process itself, and in Redis what all
+// replicas share. What fails there is missing here. All methods may be called concurrently.
 type cache struct {
 	pool     *redis.Pool
 	prefix   string
@@ -53,8 +50,8 @@ func newCache(url, namespace string, counts *metrics) *cache {
 		Dial: func() (redis.Conn, error) {
 			return redis.DialURL(url, redis.DialConnectTimeout(cacheTimeout), redis.DialReadTimeout(cacheTimeout), redis.DialWriteTimeout(cacheTimeout))
 		},
-		// A connection older than the last failure may lead to a server that
-		// is gone: better a new one than a failure for each of them.
+		// A connection older than the last failure may lead to a server that is gone: better a new one than a failure
+		// for each of them.
 		TestOnBorrow: func(_ redis.Conn, used time.Time) error {
 			if used.UnixNano() < c.failedAt.Load() {
 				return errors.New("older than a failure")
@@ -65,8 +62,7 @@ func newCache(url, namespace string, counts *metrics) *cache {
 	return c
 }
 
-// get returns the JSON of each good, nil where it is missing. Nobody may
-// change it.
+// get returns the JSON of each good, nil where it is missing. Nobody may change it.
 func (c *cache) get(keys []key) [][]byte {
 	goods := make([][]byte, len(keys))
 	var missing []int // indexes of keys
@@ -78,12 +74,11 @@ func (c *cache) get(keys []key) [][]byte {
 		}
 	}
 	c.mu.Unlock()
-	for chunk := range slices.Chunk(missing, cacheChunk) {
-		var names []any
-		for _, i := range chunk {
-			names = append(names, c.name(keys[i]))
+	for n, i := range missing {
+		if n%cacheChunk == 0 {
+			commands = append(commands, nil)
 		}
-		commands = append(commands, names)
+		commands[n/cacheChunk] = append(commands[n/cacheChunk], c.name(keys[i]))
 	}
 	misses := len(missing)
 	for n, reply := range c.do("MGET", commands) {
@@ -109,8 +104,7 @@ func isGood(text []byte, k key) bool {
 	return ok && bytes.HasPrefix(rest, []byte(`,"projectId":`)) && bytes.HasSuffix(rest, []byte(`Z"}`))
 }
 
-// keep holds goods in the process. It forgets all of them when they are too
-// many, and every minute: Redis would not keep them longer either.
+// keep holds goods in the process, for a minute, as Redis does, or until they are too many.
 func (c *cache) keep(keys []key, goods [][]byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -128,23 +122,20 @@ func (c *cache) keep(keys []key, goods [][]byte) {
 // put stores goods. Redis gets them in the background.
 func (c *cache) put(keys []key, goods [][]byte) {
 	c.keep(keys, goods)
-	commands := make([][]any, len(keys))
+	var commands [][]any
 	for i, k := range keys {
-		commands[i] = []any{c.name(k), goods[i], "EX", cacheLife}
+		commands = append(commands, []any{c.name(k), goods[i], "EX", cacheLife})
 	}
 	go c.do("SET", commands)
 }
 
-// drop deletes goods from Redis in the background. Nobody asks for them any
-// more: it only frees memory early.
+// drop deletes goods from Redis in the background. Nobody asks for them any more: it only frees memory early.
 func (c *cache) drop(keys []key) {
-	names := make([]any, len(keys))
-	for i, k := range keys {
-		names[i] = c.name(k)
+	var commands [][]any
+	for _, k := range keys {
+		commands = append(commands, []any{c.name(k)})
 	}
-	if len(names) > 0 {
-		go c.do("UNLINK", [][]any{names})
-	}
+	go c.do("UNLINK", commands)
 }
 
 func (c *cache) name(k key) string {
@@ -159,8 +150,8 @@ func (c *cache) ping(context.Context) error {
 	return err
 }
 
-// do has Redis run a command once for each list of arguments, and returns no
-// replies if Redis fails, or failed a moment ago.
+// do has Redis run a command once for each list of arguments, and returns no replies if Redis fails, or failed a
+// moment ago.
 func (c *cache) do(command string, arguments [][]any) []any {
 	if len(arguments) == 0 || time.Since(time.Unix(0, c.failedAt.Load())) < cachePause {
 		return nil

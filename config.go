@@ -5,10 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
-	"net/url"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -24,69 +21,52 @@ type config struct {
 	logLevel                               slog.Level
 }
 
-// variables are all there is to configure. A value must match the pattern.
+// variables are all there is to configure. A value must match its pattern.
 var variables = []struct {
 	name, fallback, help string
 	pattern              *regexp.Regexp
 }{
-	{"HTTP_ADDR", ":8080", "the address to listen on, host:port", regexp.MustCompile(`^.*:\d{1,5}$`)},
+	{"HTTP_ADDR", ":8080", "the address to listen on, host:port", regexp.MustCompile(`^[^ ]*:\d{1,5}$`)},
 	{"POSTGRES_URL", "postgres://goods:goods@localhost:5432/goods?sslmode=disable", "a postgres:// URL, the database of the goods", regexp.MustCompile(`^postgres(ql)?://`)},
-	{"REDIS_URL", "redis://localhost:6379/0", "a redis:// or rediss://host:port/number URL, the cache", regexp.MustCompile(`^rediss?://[^/]+(/\d*)?$`)},
-	{"NATS_URL", "nats://localhost:4222", "nats:// or tls://host:port URLs with commas, the road of the events", regexp.MustCompile(`^(nats|tls)://[^/,]+/?(, *(nats|tls)://[^/,]+/?)*$`)},
-	{"CLICKHOUSE_URL", "clickhouse://localhost:9000/default", "a clickhouse://, http:// or https://host:port/database URL, the log of the events", regexp.MustCompile(`^(clickhouse|https?)://[^/]+`)},
+	{"REDIS_URL", "redis://localhost:6379/0", "a redis:// or rediss://host:port/number URL, the cache", regexp.MustCompile(`^rediss?://[^/ ]+(/\d*)?$`)},
+	{"NATS_URL", "nats://localhost:4222", "nats:// or tls://host:port URLs with commas, the road of the events", regexp.MustCompile(`^(nats|tls)://[^/, ]+/?(, *(nats|tls)://[^/, ]+/?)*$`)},
+	{"CLICKHOUSE_URL", "clickhouse://localhost:9000/default", "a clickhouse://, http:// or https://host:port/database URL, the log of the events",
+		regexp.MustCompile(`^(clickhouse|https?)://([^@/ ]*@)?[^:/, ]+:\d+(,[^:/, ]+:\d+)*([/?]|$)`)},
 	{"EVENTS_BATCH", "5", "1 to 1000, the events in one INSERT into ClickHouse", regexp.MustCompile(`^([1-9]\d{0,2}|1000)$`)},
 	{"NATS_REPLICAS", "1", "1 to 5, the replicas of the stream", regexp.MustCompile(`^[1-5]$`)},
 	{"NAMESPACE", "goods", "a prefix of Redis keys and NATS names: a lower-case letter, then up to 31 letters, digits, - and _", regexp.MustCompile(`^[a-z][a-z0-9_-]{0,31}$`)},
 	{"LOG_LEVEL", "info", "debug, info, warn or error", regexp.MustCompile(`^(?i)(debug|info|warn|error)$`)},
 }
 
-// readConfig reports every bad variable at once, and never a value: it may
-// hold a password.
+// readConfig reports every bad variable at once, and never a value: it may hold a password.
 func readConfig(getenv func(string) string) (*config, error) {
 	values := map[string]string{}
 	var bad []string
+	c := &config{}
 	for _, v := range variables {
-		values[v.name] = getenv(v.name)
-		if values[v.name] == "" {
-			values[v.name] = v.fallback
+		value := getenv(v.name)
+		if value == "" {
+			value = v.fallback
 		}
-		if !v.pattern.MatchString(values[v.name]) || !usable(v.name, values[v.name]) {
+		var err error
+		switch v.name { // those who will parse these two say whether they can
+		case "POSTGRES_URL":
+			_, err = pq.NewConfig(value)
+		case "CLICKHOUSE_URL":
+			c.clickhouse, err = clickhouse.ParseDSN(value)
+		}
+		if err != nil || !v.pattern.MatchString(value) {
 			bad = append(bad, v.name+" must be "+v.help)
 		}
+		values[v.name] = value
 	}
 	if len(bad) > 0 {
 		return nil, errors.New(strings.Join(bad, "; "))
 	}
-	c := &config{addr: values["HTTP_ADDR"], postgres: values["POSTGRES_URL"], redis: values["REDIS_URL"], nats: values["NATS_URL"], namespace: values["NAMESPACE"]}
-	c.clickhouse, _ = clickhouse.ParseDSN(values["CLICKHOUSE_URL"])
+	c.addr, c.postgres, c.redis, c.nats, c.namespace = values["HTTP_ADDR"], values["POSTGRES_URL"], values["REDIS_URL"], values["NATS_URL"], values["NAMESPACE"]
 	c.eventsBatch, _ = strconv.Atoi(values["EVENTS_BATCH"])
 	c.natsReplicas, _ = strconv.Atoi(values["NATS_REPLICAS"])
 	return c, c.logLevel.UnmarshalText([]byte(values["LOG_LEVEL"]))
-}
-
-// usable asks those who will parse a value whether they can.
-func usable(name, value string) bool {
-	switch name {
-	case "HTTP_ADDR":
-		_, port, err := net.SplitHostPort(value)
-		_, bad := strconv.ParseUint(port, 10, 16)
-		return err == nil && bad == nil
-	case "POSTGRES_URL":
-		_, err := pq.NewConfig(value)
-		return err == nil
-	case "REDIS_URL", "NATS_URL":
-		return !slices.ContainsFunc(strings.Split(value, ","), func(server string) bool {
-			u, err := url.Parse(strings.TrimSpace(server))
-			return err != nil || u.Hostname() == ""
-		})
-	case "CLICKHOUSE_URL":
-		options, err := clickhouse.ParseDSN(value)
-		return err == nil && !slices.ContainsFunc(options.Addr, func(server string) bool { // the driver knows no default port
-			_, port, err := net.SplitHostPort(server)
-			return err != nil || port == ""
-		})
-	}
-	return true
 }
 
 func usage(w io.Writer) {

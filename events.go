@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"database/sql"
+	_ "embed"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -30,8 +31,7 @@ const (
 	streamLimit  = 1_000_000 // messages; past it NATS refuses, and rows wait in Postgres
 )
 
-// event is one version of a good, as it travels from the outbox to ClickHouse:
-// a row of the outbox as JSON.
+// event is one version of a good, as it travels from the outbox to ClickHouse: a row of the outbox as JSON.
 type event struct {
 	Outbox      int64     `json:"id"` // the row to delete once ClickHouse holds the event
 	ID          int32     `json:"good_id"`
@@ -44,11 +44,9 @@ type event struct {
 	Time        time.Time `json:"event_time"`
 }
 
-// pipeline moves events from the outbox through NATS into ClickHouse: a
-// message is one batch, a JSON array of events, and becomes one INSERT. An
-// outbox row goes only when ClickHouse holds its event, so NATS may lose
-// everything: what is still in the outbox travels again. Repeats are harmless,
-// so it may be killed anywhere.
+// pipeline moves events from the outbox through NATS into ClickHouse: a message is one batch, a JSON array of events,
+// and becomes one INSERT. An outbox row goes only when ClickHouse holds its event, so NATS may lose everything: what
+// is still in the outbox travels again. Repeats are harmless, so it may be killed anywhere.
 type pipeline struct {
 	db         *database // commits without waiting for the disk: losing one only repeats work
 	nats       *nats.Conn
@@ -86,11 +84,9 @@ func (p *pipeline) pingClickHouse(ctx context.Context) error {
 	return p.clickhouse.Exec(ctx, `SELECT Id FROM goods_log LIMIT 0`)
 }
 
-// relay publishes what waits in the outbox, until ctx ends. Any number of
-// replicas may relay at once.
-func (p *pipeline) relay(ctx context.Context) {
-	state := state{log: p.log, name: "relay"}
-	for ctx.Err() == nil {
+// relay publishes what waits in the outbox, for ever. Any number of replicas may relay at once.
+func (p *pipeline) relay() {
+	for state := (state{log: p.log, name: "relay"}); ; {
 		more, err := p.publish()
 		state.report(err)
 		if more {
@@ -101,44 +97,23 @@ func (p *pipeline) relay(ctx context.Context) {
 			nudge = nil // writes go on meanwhile; they must not hurry the next try
 		}
 		select {
-		case <-ctx.Done():
 		case <-nudge:
-			pause(ctx, relaySettle) // one write seldom comes alone
+			time.Sleep(relaySettle) // one write seldom comes alone
 		case <-time.After(relayPoll/2 + rand.N(relayPoll/2)):
 		}
 	}
 }
 
-// A row is a batch: it is full, or has waited for a second, or is as large as a
-// message should be.
-const claimEvents = `
-WITH claimed AS MATERIALIZED (
-    SELECT *
-    FROM outbox
-    WHERE published_at IS NULL
-    ORDER BY id
-    LIMIT $1
-    FOR UPDATE SKIP LOCKED
-), event AS (
-    SELECT id, event_time, row_to_json(claimed)::text AS text
-    FROM claimed
-), numbered AS (
-    SELECT *, (row_number() OVER (ORDER BY id) - 1) / $2 AS batch, sum(length(text)) OVER (ORDER BY id) / 100000 AS part
-    FROM event
-)
-SELECT array_agg(id ORDER BY id), '[' || string_agg(text, ',' ORDER BY id) || ']'
-FROM numbered
-GROUP BY batch, part
-HAVING count(*) = $2 OR min(event_time) < clock_timestamp() - interval '1 second'
-ORDER BY min(id)`
+//go:embed sql/queries/claim.sql
+var claimEvents string
 
 const markPublished = `
 UPDATE outbox
 SET published_at = clock_timestamp()
 WHERE id = ANY ($1)`
 
-// publish claims, publishes and marks events, and tells whether there may be
-// more. The rows stay locked until NATS has acknowledged all of them.
+// publish claims, publishes and marks events, and tells whether there may be more. The rows stay locked until NATS
+// has acknowledged all of them.
 func (p *pipeline) publish() (more bool, err error) {
 	if !p.nats.IsConnected() {
 		return false, nats.ErrDisconnected
@@ -173,29 +148,30 @@ func (p *pipeline) publish() (more bool, err error) {
 	return err == nil && len(all) == most, err
 }
 
-// drain moves events from NATS into ClickHouse, until ctx ends. Replicas share
-// one consumer, so any number may drain at once.
-func (p *pipeline) drain(ctx context.Context) {
-	p.retry(ctx, "migrate clickhouse", nil, func() error { return migrateClickHouse(ctx, p.clickhouse, migrations) })
-	state := state{log: p.log, name: "drain"}
-	for ; ctx.Err() == nil; pause(ctx, relayPoll) {
-		consumer, err := p.connect(ctx)
+// drain moves events from NATS into ClickHouse, for ever. Replicas share one consumer, so any number may drain at
+// once.
+func (p *pipeline) drain() {
+	p.retry("migrate clickhouse", nil, func() error { return migrateClickHouse(context.Background(), p.clickhouse) })
+	for state := (state{log: p.log, name: "drain"}); ; time.Sleep(retryMost / 2) {
+		consumer, err := p.connect()
 		for looked := time.Now(); err == nil; {
 			state.report(nil)
-			var found bool
-			if found, err = p.next(ctx, consumer); err == nil && !found && time.Since(looked) > lostAfter/3 {
+			var message jetstream.Msg
+			if message, err = fetch(consumer); message != nil {
+				p.store(message)
+			} else if err == nil && time.Since(looked) > lostAfter/3 {
 				looked = time.Now()
-				err = p.find(ctx, consumer)
+				err = p.find(consumer)
 			}
 		}
 		state.report(err)
 	}
 }
 
-// connect makes the stream and its consumer what they have to be. When the
-// stream had to be created, all that was published before is not in it.
-func (p *pipeline) connect(ctx context.Context) (jetstream.Consumer, error) {
-	ctx, cancel := context.WithTimeout(ctx, natsTimeout)
+// connect makes the stream and its consumer what they have to be. When the stream had to be created, all that was
+// published before is not in it.
+func (p *pipeline) connect() (jetstream.Consumer, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), natsTimeout)
 	defer cancel()
 	cfg := jetstream.StreamConfig{
 		Name:      p.stream(),
@@ -226,31 +202,28 @@ func (p *pipeline) connect(ctx context.Context) (jetstream.Consumer, error) {
 	})
 }
 
-// next waits a moment for a message, and stores it.
-func (p *pipeline) next(ctx context.Context, consumer jetstream.Consumer) (found bool, err error) {
-	waiting, cancel := context.WithTimeout(ctx, natsTimeout)
+// fetch waits a moment for a message; nil means that none came.
+func fetch(consumer jetstream.Consumer) (message jetstream.Msg, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), natsTimeout)
 	defer cancel()
-	fetched, err := consumer.Fetch(1, jetstream.FetchContext(waiting))
+	fetched, err := consumer.Fetch(1, jetstream.FetchContext(ctx))
 	if err != nil {
-		return false, err
+		return nil, err
 	}
-	for m := range fetched.Messages() {
-		p.store(ctx, m)
-		found = true
-	}
-	if !found && waiting.Err() == nil { // else it is the usual end of waiting
+	message = <-fetched.Messages()
+	if message == nil && ctx.Err() == nil { // else it is the usual end of waiting
 		err = fetched.Error()
 	}
-	return found, errors.Join(err, ctx.Err())
+	return message, err
 }
 
 const forgetEvents = `
 DELETE FROM outbox
 WHERE id = ANY ($1)`
 
-// store inserts the events of a message into ClickHouse, deletes their outbox
-// rows, and only then acknowledges it. It tries until it succeeds, or ctx ends.
-func (p *pipeline) store(ctx context.Context, m jetstream.Msg) {
+// store inserts the events of a message into ClickHouse, deletes their outbox rows, and only then acknowledges it. It
+// tries until it succeeds.
+func (p *pipeline) store(m jetstream.Msg) {
 	var events []event
 	var ids pq.Int64Array
 	err := json.Unmarshal(m.Data(), &events)
@@ -267,8 +240,8 @@ func (p *pipeline) store(ctx context.Context, m jetstream.Msg) {
 		_ = m.Term()
 		return
 	}
-	p.retry(ctx, "store events", m, func() error {
-		err := p.insert(ctx, events)
+	p.retry("store events", m, func() error {
+		err := p.insert(events)
 		if err != nil {
 			p.counts.insertFailures.Add(1)
 		}
@@ -276,15 +249,13 @@ func (p *pipeline) store(ctx context.Context, m jetstream.Msg) {
 	})
 	p.counts.inserted.Add(int64(len(events)))
 	p.counts.batches.Add(1)
-	p.retry(ctx, "clear outbox", m, func() error { return p.db.query(nil, forgetEvents, []any{ids}, nil) })
-	if ctx.Err() == nil {
-		_ = m.Ack() // one that is lost only repeats the events
-	}
+	p.retry("clear outbox", m, func() error { return p.db.query(nil, forgetEvents, []any{ids}, nil) })
+	_ = m.Ack() // one that is lost only repeats the events
 }
 
 // insert adds events to ClickHouse in one INSERT.
-func (p *pipeline) insert(ctx context.Context, events []event) error {
-	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
+func (p *pipeline) insert(events []event) error {
+	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
 	defer cancel()
 	batch, err := p.clickhouse.PrepareBatch(ctx, `INSERT INTO goods_log (Id, ProjectId, Name, Description, Priority, Removed, EventTime, Version)`)
 	if err != nil {
@@ -300,10 +271,10 @@ func (p *pipeline) insert(ctx context.Context, events []event) error {
 	return batch.Send()
 }
 
-// find looks for events that NATS lost: the consumer has nothing left, and
-// rows published half a minute ago are still in the outbox.
-func (p *pipeline) find(ctx context.Context, consumer jetstream.Consumer) error {
-	ctx, cancel := context.WithTimeout(ctx, natsTimeout)
+// find looks for events that NATS lost: the consumer has nothing left, and rows published half a minute ago are still
+// in the outbox.
+func (p *pipeline) find(consumer jetstream.Consumer) error {
+	ctx, cancel := context.WithTimeout(context.Background(), natsTimeout)
 	defer cancel()
 	info, err := consumer.Info(ctx) // a fetch from a consumer that is gone may just find nothing
 	if err != nil || info.NumPending > 0 || info.NumAckPending > 0 {
@@ -317,8 +288,7 @@ UPDATE outbox
 SET published_at = NULL
 WHERE id IN (SELECT id FROM outbox WHERE published_at < clock_timestamp() - $1 * interval '1 second' LIMIT 10000)`
 
-// requeue has what was published longer ago than age published again, in as
-// many steps as a long outage needs.
+// requeue has what was published longer ago than age published again, in as many steps as a long outage needs.
 func (p *pipeline) requeue(age time.Duration) error {
 	for {
 		done, err := p.db.Exec(requeueEvents, age.Seconds())
@@ -335,11 +305,10 @@ func (p *pipeline) requeue(age time.Duration) error {
 	}
 }
 
-// retry repeats f, which works on m, with growing pauses until it succeeds, or
-// ctx ends.
-func (p *pipeline) retry(ctx context.Context, name string, m jetstream.Msg, f func() error) {
+// retry repeats f, which works on m, with growing pauses until it succeeds.
+func (p *pipeline) retry(name string, m jetstream.Msg, f func() error) {
 	state := state{log: p.log, name: name}
-	for wait := retryFirst; ctx.Err() == nil; wait = min(2*wait, retryMost) {
+	for wait := retryFirst; ; wait = min(2*wait, retryMost) {
 		err := f()
 		state.report(err)
 		if err == nil {
@@ -348,6 +317,6 @@ func (p *pipeline) retry(ctx context.Context, name string, m jetstream.Msg, f fu
 		if m != nil {
 			_ = m.InProgress() // else another replica gets it meanwhile
 		}
-		pause(ctx, wait)
+		time.Sleep(wait)
 	}
 }

@@ -3,14 +3,16 @@ package main
 import (
 	"bytes"
 	"database/sql"
+	_ "embed"
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"strings"
 	"time"
 )
 
-// failure is an error that a client is told about, as JSON. Every other error
-// is internal, and its cause goes to the log only.
+// failure is an error that a client is told about, as JSON. Every other error is internal, and its cause goes to the
+// log only.
 type failure struct {
 	Status  int               `json:"-"` // of HTTP
 	Code    int               `json:"code"`
@@ -62,15 +64,13 @@ func encodeJSON(v any) ([]byte, error) {
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), nil
 }
 
-// goodColumns are the columns of g that fields points at.
-const goodColumns = `g.id, g.project_id, g.name, g.description, g.priority, g.removed, g.created_at, g.version`
-
+// fields are where a row of goods goes, in the order of the queries' columns.
 func (g *good) fields() []any {
 	return []any{&g.ID, &g.ProjectID, &g.Name, &g.Description, &g.Priority, &g.Removed, &g.CreatedAt.Time, &g.version}
 }
 
-// service does what the API says. Its methods may be called concurrently; they
-// return a *failure, or an error that is the service's own.
+// service does what the API says. Its methods may be called concurrently; they return a *failure, or an error that is
+// the service's own.
 type service struct {
 	db    *database
 	cache *cache
@@ -91,17 +91,8 @@ func newService(db *database, cache *cache, wake func(), counts *metrics, log *s
 	return s
 }
 
-// write runs f in one transaction, and wakes the relay.
-func (s *service) write(f func(tx *sql.Tx) error) error {
-	err := s.db.inTx(f)
-	if err == nil {
-		s.wake()
-	}
-	return err
-}
-
-// createRequest makes a good, once for each key that is not empty. The fields
-// are columns of a batch, which travels to Postgres as one JSON text.
+// createRequest makes a good, once for each key that is not empty. The fields are columns of a batch, which travels
+// to Postgres as one JSON text.
 type createRequest struct {
 	ProjectID   int32  `json:"project_id"`
 	Name        string `json:"name"`
@@ -109,8 +100,7 @@ type createRequest struct {
 	Key         string `json:"key,omitempty"`
 }
 
-// apart keeps requests with the same key out of one batch: the second then
-// finds the good of the first.
+// apart keeps requests with the same key out of one batch: the second then finds the good of the first.
 func (q createRequest) apart() any {
 	if q.Key == "" {
 		return nil
@@ -125,36 +115,12 @@ type createResult struct {
 
 const lockPriorities = `SELECT lock_priorities()`
 
-// A request whose key is known yields its good, one for a project that does
-// not exist yields nothing, and the others a new good, in their order. A key
-// that is null finds nothing at once.
-const createGoods = `
-WITH request AS (
-    SELECT *, CASE WHEN key IS NOT NULL THEN md5(jsonb_build_array(name, description)::text) END AS digest
-    FROM ROWS FROM (json_to_recordset($1) AS (project_id integer, name text, description text, key text))
-        WITH ORDINALITY AS r (project_id, name, description, key, n)
-), known AS MATERIALIZED (
-    SELECT r.n, g.request_digest = r.digest AS same, ` + goodColumns + `
-    FROM request AS r
-    JOIN goods AS g ON g.project_id = r.project_id AND g.idempotency_key = r.key
-), inserted AS (
-    INSERT INTO goods AS g (project_id, name, description, priority, idempotency_key, request_digest)
-    SELECT r.project_id, r.name, r.description,
-           (SELECT coalesce(max(priority), 0) FROM goods) + row_number() OVER (ORDER BY r.n), r.key, r.digest
-    FROM request AS r
-    JOIN campaigns AS c ON c.id = r.project_id
-    WHERE r.n NOT IN (SELECT n FROM known)
-    ORDER BY r.n
-    RETURNING 0 AS n, true AS same, ` + goodColumns + `
-)
-SELECT * FROM known
-UNION ALL
-SELECT * FROM inserted
-ORDER BY n, priority`
+//go:embed sql/queries/create.sql
+var createGoods string
 
 func (s *service) createAll(requests []createRequest) ([]result[createResult], error) {
 	results := make([]result[createResult], len(requests))
-	err := s.write(func(tx *sql.Tx) error {
+	err := s.db.inTx(func(tx *sql.Tx) error {
 		// A statement of its own: the next one sees what was committed meanwhile.
 		if _, err := tx.Exec(lockPriorities); err != nil {
 			return err
@@ -165,12 +131,9 @@ func (s *service) createAll(requests []createRequest) ([]result[createResult], e
 			var same bool
 			var g good
 			err := rows.Scan(append([]any{&n, &same}, g.fields()...)...)
-			switch {
-			case n == 0:
+			if n == 0 {
 				fresh = append(fresh, g)
-			case same:
-				results[n-1].answer = createResult{g, true}
-			default:
+			} else if results[n-1].answer = (createResult{g, true}); !same {
 				results[n-1].err = errKeyReused
 			}
 			return err
@@ -186,6 +149,7 @@ func (s *service) createAll(requests []createRequest) ([]result[createResult], e
 		}
 		return err
 	})
+	s.wake()
 	return results, err
 }
 
@@ -206,38 +170,12 @@ type editRequest struct {
 
 func (q editRequest) apart() any { return q.ID } // one statement changes a row once
 
-// Rows are always locked in the order of their ids, here and in a move, so
-// that transactions wait for each other in one direction only.
-const lockGoods = `
-WITH request AS (
-    SELECT *
-    FROM json_to_recordset($1) AS r (id integer, project_id integer, name text, description text, removed boolean)
-), locked AS MATERIALIZED (
-    SELECT g.id
-    FROM goods AS g
-    JOIN request AS r ON r.id = g.id AND r.project_id = g.project_id
-    WHERE NOT g.removed
-    ORDER BY g.id
-    FOR UPDATE OF g`
+//go:embed sql/queries/edit.sql
+var editGood string
 
-const changeGoods = `
-)
-UPDATE goods AS g
-SET name = coalesce(r.name, g.name),
-    description = coalesce(r.description, g.description),
-    removed = r.removed,
-    version = g.version + 1
-FROM locked
-JOIN request AS r ON r.id = locked.id
-WHERE g.id = locked.id
-RETURNING ` + goodColumns
-
-// In company, nobody waits for a good that another transaction has locked:
-// what is not found may be that, and is tried alone.
-const (
-	editGood  = lockGoods + changeGoods
-	editGoods = lockGoods + ` SKIP LOCKED` + changeGoods
-)
+// In company, nobody waits for a good that another transaction has locked: what is not found may be that, and is
+// tried alone.
+var editGoods = strings.Replace(editGood, "FOR UPDATE OF g", "FOR UPDATE OF g SKIP LOCKED", 1)
 
 func (s *service) editAll(requests []editRequest) ([]result[good], error) {
 	query, notFound := editGood, error(errGoodNotFound)
@@ -251,7 +189,7 @@ func (s *service) editAll(requests []editRequest) ([]result[good], error) {
 	}
 	var old, keys []key
 	var texts [][]byte
-	err := s.write(func(tx *sql.Tx) error {
+	err := s.db.inTx(func(tx *sql.Tx) error {
 		return s.db.query(tx, query, []any{jsonText(requests)}, func(rows *sql.Rows) error {
 			var g good
 			if err := rows.Scan(g.fields()...); err != nil {
@@ -267,6 +205,7 @@ func (s *service) editAll(requests []editRequest) ([]result[good], error) {
 	if err != nil {
 		return nil, fmt.Errorf("edit goods: %w", err)
 	}
+	s.wake()
 	s.cache.keep(keys, texts) // a list wants them next
 	s.cache.drop(old)
 	return results, nil

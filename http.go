@@ -36,8 +36,7 @@ type api struct {
 	log     *slog.Logger
 }
 
-// handler serves one route. The reply is JSON already, or becomes it; an error
-// becomes the reply.
+// handler serves one route. The reply is JSON already, or becomes it; an error becomes the reply.
 type handler func(w http.ResponseWriter, r *http.Request) (status int, reply any, err error)
 
 // routes returns the API, with JSON errors for every other request.
@@ -63,9 +62,9 @@ func (a *api) routes() http.Handler {
 	})
 	handle("GET", "/readyz", func(http.ResponseWriter, *http.Request) (int, any, error) {
 		if a.closing.Load() || !a.health.up("postgres") {
-			return http.StatusServiceUnavailable, a.health, nil
+			return http.StatusServiceUnavailable, a.health.report(), nil
 		}
-		return http.StatusOK, a.health, nil
+		return http.StatusOK, a.health.report(), nil
 	})
 	handle("GET", "/metrics", func(w http.ResponseWriter, _ *http.Request) (int, any, error) {
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
@@ -149,8 +148,7 @@ func (a *api) list(w http.ResponseWriter, r *http.Request) (int, any, error) {
 	return http.StatusOK, page, err
 }
 
-// answer adapts a handler: it writes the reply, and counts and logs the
-// request once.
+// answer adapts a handler: it writes the reply, and counts and logs the request once.
 func (a *api) answer(counts *routeMetrics, h handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
@@ -166,18 +164,18 @@ func (a *api) answer(counts *routeMetrics, h handler) http.Handler {
 			body = append(body, '\n')
 		}
 		if err != nil {
-			f := failureOf(err)
-			if f == errInternal {
-				a.log.Error("request failed", "id", id, "method", r.Method, "path", r.URL.Path, "err", err)
-			}
-			if f == errUnavailable {
+			f := errInternal
+			if !errors.As(err, &f) && unavailable(err) {
+				f = errUnavailable
 				w.Header().Set("Retry-After", "1")
+			} else if f == errInternal {
+				a.log.Error("request failed", "id", id, "method", r.Method, "path", r.URL.Path, "err", err)
 			}
 			status = f.Status
 			body, _ = encodeJSON(f)
 			body = append(body, '\n')
 		}
-		if w.Header().Get("Content-Type") == "" {
+		if _, ok := w.Header()["Content-Type"]; !ok {
 			w.Header()["Content-Type"] = jsonType
 		}
 		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
@@ -205,16 +203,4 @@ func (h handler) safely(w http.ResponseWriter, r *http.Request) (status int, rep
 		}
 	}()
 	return h(w, r)
-}
-
-// failureOf is what a client is told about err.
-func failureOf(err error) *failure {
-	var f *failure
-	switch {
-	case errors.As(err, &f):
-		return f
-	case unavailable(err):
-		return errUnavailable
-	}
-	return errInternal
 }

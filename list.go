@@ -2,6 +2,7 @@ package main
 
 import (
 	"database/sql"
+	_ "embed"
 	"fmt"
 	"slices"
 	"strconv"
@@ -22,6 +23,7 @@ func (q listRequest) apart() any { return nil }
 
 // readPages answers a batch of lists. Equal requests share one reply.
 func (s *service) readPages(requests []listRequest) ([]result[[]byte], error) {
+	results := make([]result[[]byte], len(requests))
 	replies := map[listRequest][]byte{}
 	var pages []listRequest
 	size := int32(0)
@@ -38,17 +40,15 @@ func (s *service) readPages(requests []listRequest) ([]result[[]byte], error) {
 			pages, size = nil, 0
 		}
 	}
-	results := make([]result[[]byte], len(requests))
 	for i, q := range requests {
 		results[i].answer = replies[q]
 	}
 	return results, nil
 }
 
-// readTogether puts the replies of pages into replies. Each reply is one
-// moment of the whole list: meta and the versions come from one statement, and
-// a version never changes. A page with a good that is not cached is read
-// again, whole, in one statement of its own.
+// readTogether puts the replies of pages into replies. Each reply is one moment of the whole list: meta and the
+// versions come from one statement, and a version never changes. A page with a good that is not cached is read again,
+// whole, in one statement of its own.
 func (s *service) readTogether(pages []listRequest, replies map[listRequest][]byte) error {
 	v, err := s.readVersions(pages)
 	if err != nil {
@@ -101,15 +101,8 @@ func (v *view) page(q listRequest) [][]byte {
 	return v.goods[min(begin, len(v.goods)):min(begin+int(q.limit), len(v.goods))]
 }
 
-// = ANY keeps its plan; a range would fall to a sequential scan once the plan
-// is a generic one.
-const readVersions = `
-SELECT m.total, m.removed, ARRAY(
-    SELECT g.id::bigint << 32 | g.version
-    FROM goods AS g
-    WHERE g.priority = ANY ($1)
-    ORDER BY g.priority)
-FROM meta AS m`
+//go:embed sql/queries/versions.sql
+var readVersions string
 
 // readVersions reads what stands at the positions of pages.
 func (s *service) readVersions(pages []listRequest) (*view, error) {
@@ -124,11 +117,8 @@ func (s *service) readVersions(pages []listRequest) (*view, error) {
 	return v, err
 }
 
-const readGoods = `
-SELECT m.total, m.removed, ` + goodColumns + `
-FROM meta AS m, goods AS g
-WHERE g.priority = ANY ($1)
-ORDER BY g.priority`
+//go:embed sql/queries/page.sql
+var readGoods string
 
 // readWhole reads the goods of pages that are not empty.
 func (s *service) readWhole(pages []listRequest) (*view, error) {

@@ -29,8 +29,14 @@ const (
 	shutdownTimeout  = 10 * time.Second        // for the requests in flight
 )
 
-// version is set by the linker, or what Go knows of the source.
+// version is set by the linker; else it is what Go knows of the source.
 var version string
+
+func init() {
+	if info, ok := debug.ReadBuildInfo(); ok && version == "" {
+		version = info.Main.Version
+	}
+}
 
 func main() {
 	if os.Getenv("GOGC") == "" {
@@ -44,8 +50,8 @@ func main() {
 	}
 }
 
-// run is the program: args without its name, and the environment. It returns
-// when the command is done or, to serve, when ctx ends.
+// run is the program: args without its name, and the environment. It returns when the command is done or, to serve,
+// when ctx ends.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout io.Writer) error {
 	command := strings.Join(args, " ")
 	switch command {
@@ -53,7 +59,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 		usage(stdout)
 		return nil
 	case "version", "-version", "--version":
-		fmt.Fprintln(stdout, versionText())
+		fmt.Fprintln(stdout, "goods", version, runtime.Version())
 		return nil
 	}
 	cfg, err := readConfig(getenv)
@@ -69,10 +75,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	case "migrate postgres":
 		err = preparePostgres(ctx, cfg, log)
 	case "migrate clickhouse":
-		var ch clickhouse.Conn
-		if ch, err = openClickHouse(cfg); err == nil {
-			err = migrateClickHouse(ctx, ch, migrations)
-		}
+		err = migrateClickHouse(ctx, openClickHouse(cfg))
 	default:
 		err = fmt.Errorf("unknown command %q: see goods -h", command)
 	}
@@ -91,21 +94,10 @@ func newLog(w io.Writer, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(w, options))
 }
 
-func versionText() string {
-	if info, ok := debug.ReadBuildInfo(); ok && version == "" {
-		version = info.Main.Version
-	}
-	return "goods " + version + " " + runtime.Version()
-}
-
 // healthcheck succeeds if the service that listens on addr is up.
 func healthcheck(addr string) error {
-	host, port, _ := net.SplitHostPort(addr)
-	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
-		host = "localhost"
-	}
 	client := &http.Client{Timeout: 3 * time.Second}
-	reply, err := client.Get("http://" + net.JoinHostPort(host, port) + "/healthz")
+	reply, err := client.Get("http://" + addr + "/healthz")
 	if err == nil && reply.StatusCode != http.StatusOK {
 		err = fmt.Errorf("%s answers %s", addr, reply.Status)
 	}
@@ -125,8 +117,7 @@ func preparePostgres(ctx context.Context, cfg *config, log *slog.Logger) error {
 	return migratePostgres(db, migrations, log)
 }
 
-// openNATS returns a connection that is made, and made again, in the
-// background. Only a bad URL is an error.
+// openNATS returns a connection that is made, and made again, in the background. Only a bad URL is an error.
 func openNATS(url string, log *slog.Logger) (*nats.Conn, error) {
 	return nats.Connect(url,
 		nats.Name("goods"),
@@ -140,17 +131,18 @@ func openNATS(url string, log *slog.Logger) (*nats.Conn, error) {
 		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { log.Debug("nats", "err", err) }))
 }
 
-func openClickHouse(cfg *config) (clickhouse.Conn, error) {
+// openClickHouse returns a pool, which connects when it is used.
+func openClickHouse(cfg *config) clickhouse.Conn {
 	options := *cfg.clickhouse
 	options.DialTimeout = 2 * time.Second
 	options.ReadTimeout = eventTimeout // the default is five minutes
 	options.MaxOpenConns, options.MaxIdleConns = 4, 2
-	return clickhouse.Open(&options)
+	conn, _ := clickhouse.Open(&options) // fails only without options
+	return conn
 }
 
-// serve runs the service until ctx ends. It listens once Postgres is migrated.
-// At the end the requests in flight are answered; what moves events just
-// stops where it is, as in a crash, and the next start goes on from there.
+// serve runs the service until ctx ends. It listens once Postgres is migrated. At the end the requests in flight are
+// answered; what moves events just stops where it is, as in a crash, and the next start goes on from there.
 func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	if err := preparePostgres(ctx, cfg, log); err != nil {
 		return err
@@ -158,8 +150,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	db, dbErr := openPostgres(cfg.postgres, 16, statementTimeout, nil)
 	loose, looseErr := openPostgres(cfg.postgres, 4, eventTimeout, map[string]string{"synchronous_commit": "off"})
 	nc, natsErr := openNATS(cfg.nats, log)
-	ch, chErr := openClickHouse(cfg)
-	if err := errors.Join(dbErr, looseErr, natsErr, chErr); err != nil {
+	if err := errors.Join(dbErr, looseErr, natsErr); err != nil {
 		return err
 	}
 	js, err := jetstream.New(nc, jetstream.WithPublishAsyncTimeout(natsTimeout))
@@ -174,7 +165,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	counts := newMetrics(db)
 	cache := newCache(cfg.redis, cfg.namespace, counts)
 	events := &pipeline{
-		db: loose, nats: nc, js: js, clickhouse: ch,
+		db: loose, nats: nc, js: js, clickhouse: openClickHouse(cfg),
 		namespace: cfg.namespace, replicas: cfg.natsReplicas, batch: cfg.eventsBatch,
 		log: log, counts: counts, nudge: make(chan struct{}, 1),
 	}
@@ -192,13 +183,12 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		DisableGeneralOptionsHandler: true,
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
-	background := context.WithoutCancel(ctx) // while the last requests are answered, events move on
-	go events.relay(background)
-	go events.drain(background)
-	health.watch(background)
+	go events.relay()
+	go events.drain()
+	health.watch()
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
-	log.Info("listening", "addr", listener.Addr().String(), "version", versionText())
+	log.Info("listening", "addr", listener.Addr().String(), "version", version)
 	select {
 	case err := <-served:
 		return err
@@ -207,12 +197,12 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 
 	log.Info("shutting down")
 	api.closing.Store(true)
-	pause(background, drainDelay)
-	last, cancel := context.WithTimeout(background, shutdownTimeout)
+	time.Sleep(drainDelay)
+	last, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 	defer cancel()
 	err = server.Shutdown(last)
-	// A connection that was accepted while Shutdown looked is known once Serve
-	// has returned: the second call waits for it, too.
+	// A connection that was accepted while Shutdown looked is known once Serve has returned: the second call waits
+	// for it, too.
 	<-served
 	if err = errors.Join(err, server.Shutdown(last)); err != nil {
 		log.Warn("requests were still in flight at the end", "err", err)

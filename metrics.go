@@ -4,7 +4,7 @@ import (
 	"bytes"
 	"context"
 	"database/sql"
-	"encoding/json"
+	_ "embed"
 	"fmt"
 	"io"
 	"log/slog"
@@ -18,8 +18,7 @@ import (
 	"time"
 )
 
-// Each server is tried every pingEvery, and up while the last success is less
-// than downAfter ago.
+// Each server is tried every pingEvery, and up while the last success is less than downAfter ago.
 const pingEvery, downAfter = time.Second, 3 * time.Second
 
 var started = time.Now()
@@ -31,13 +30,13 @@ type health struct {
 	lastOK sync.Map // name -> time.Time
 }
 
-// watch tries each server until ctx ends.
-func (h *health) watch(ctx context.Context) {
+// watch tries each server for ever.
+func (h *health) watch() {
 	for name, ping := range h.pings {
 		go func() {
-			for state := (state{log: h.log, name: name}); ctx.Err() == nil; pause(ctx, pingEvery) {
-				limited, cancel := context.WithTimeout(ctx, downAfter)
-				err := ping(limited)
+			for state := (state{log: h.log, name: name}); ; time.Sleep(pingEvery) {
+				ctx, cancel := context.WithTimeout(context.Background(), downAfter)
+				err := ping(ctx)
 				cancel()
 				if err == nil {
 					h.lastOK.Store(name, time.Now())
@@ -71,25 +70,21 @@ func (s *state) report(err error) {
 	s.failing = err != nil
 }
 
-// MarshalJSON has one field a server, "up" or "down".
-func (h *health) MarshalJSON() ([]byte, error) {
+// report has one field a server, "up" or "down".
+func (h *health) report() map[string]string {
 	fields := map[string]string{}
 	for name := range h.pings {
 		fields[name] = map[bool]string{true: "up", false: "down"}[h.up(name)]
 	}
-	return json.Marshal(fields)
+	return fields
 }
 
 // histogram counts observations by their upper bounds.
 type histogram struct {
 	bounds []float64
 	mu     sync.Mutex // guards what follows
-	counts []int64    // by bound, and past the last one
+	counts [16]int64  // by bound, and past the last one
 	sum    float64
-}
-
-func newHistogram(bounds ...float64) *histogram {
-	return &histogram{bounds: bounds, counts: make([]int64, len(bounds)+1)}
 }
 
 func (h *histogram) observe(v float64) {
@@ -115,12 +110,12 @@ func (h *histogram) write(w io.Writer, name, label string) {
 
 // routeMetrics counts the requests of one route.
 type routeMetrics struct {
-	latency  *histogram // seconds
+	latency  histogram // seconds
 	statuses [600]atomic.Int64
 }
 
-// metrics counts what the service does, for /metrics. Writing it asks nothing
-// of any server: what they know is sampled by the pings.
+// metrics counts what the service does, for /metrics. Writing it asks nothing of any server: what they know is
+// sampled by the pings.
 type metrics struct {
 	db     *database
 	routes map[string]*routeMetrics // filled before the service listens, as is sizes
@@ -137,21 +132,17 @@ func newMetrics(db *database) *metrics {
 }
 
 func (m *metrics) route(name string) *routeMetrics {
-	m.routes[name] = &routeMetrics{latency: newHistogram(.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)}
+	m.routes[name] = &routeMetrics{latency: histogram{bounds: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5}}}
 	return m.routes[name]
 }
 
 func (m *metrics) batch(name string) *histogram {
-	m.sizes[name] = newHistogram(1, 2, 4, 8, 16, 32, 64)
+	m.sizes[name] = &histogram{bounds: []float64{1, 2, 4, 8, 16, 32, 64}}
 	return m.sizes[name]
 }
 
-// The ids span as many rows as there are, or a few more: to count them would
-// take too long just when there are many.
-const sampleOutbox = `
-SELECT coalesce(max(id) - min(id) + 1, 0),
-       coalesce(extract(epoch FROM now() - (SELECT event_time FROM outbox ORDER BY id LIMIT 1)) * 1000, 0)::bigint
-FROM outbox`
+//go:embed sql/queries/outbox.sql
+var sampleOutbox string
 
 // pingPostgres asks what waits in the outbox.
 func (m *metrics) pingPostgres(context.Context) error {
@@ -168,7 +159,7 @@ func (m *metrics) pingPostgres(context.Context) error {
 func (m *metrics) text(h *health) []byte {
 	var b bytes.Buffer
 	head := func(name, kind, help string) { fmt.Fprintf(&b, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind) }
-	routes, batches, servers := slices.Sorted(maps.Keys(m.routes)), slices.Sorted(maps.Keys(m.sizes)), slices.Sorted(maps.Keys(h.pings))
+	routes := slices.Sorted(maps.Keys(m.routes))
 	head("goods_http_requests_total", "counter", "Requests answered; status 499: the client went away.")
 	for _, name := range routes {
 		for status := range m.routes[name].statuses {
@@ -182,11 +173,11 @@ func (m *metrics) text(h *health) []byte {
 		m.routes[name].latency.write(&b, "goods_http_request_duration_seconds", fmt.Sprintf("route=%q", name))
 	}
 	head("goods_batch_size", "histogram", "Requests that travelled together.")
-	for _, name := range batches {
+	for _, name := range slices.Sorted(maps.Keys(m.sizes)) {
 		m.sizes[name].write(&b, "goods_batch_size", fmt.Sprintf("batch=%q", name))
 	}
 	head("goods_dependency_up", "gauge", "Whether the server can be used, 1 or 0.")
-	for _, name := range servers {
+	for _, name := range slices.Sorted(maps.Keys(h.pings)) {
 		fmt.Fprintf(&b, "goods_dependency_up{name=%q} %d\n", name, map[bool]int{true: 1}[h.up(name)])
 	}
 	head("goods_build_info", "gauge", "The program, always 1.")

@@ -15,23 +15,18 @@ import (
 	"github.com/ClickHouse/clickhouse-go/v2"
 )
 
-// Migrations are files NNNN_name.sql, applied in the order of their names.
-// Those of Postgres have any number of statements and are applied once: one
-// that has been released is never changed or deleted, the next one corrects
-// it. ClickHouse has no transactions: its files have one statement each, which
-// can be run again, and is at every start.
+// Migrations are files NNNN_name.sql, applied in the order of their names. Those of Postgres have any number of
+// statements and are applied once: one that has been released is never changed or deleted, the next one corrects it.
+// ClickHouse has no transactions: its files have one statement each, which can be run again, and is at every start.
 //
 //go:embed sql
 var migrations embed.FS
 
-// migratePostgres applies the files of sql/postgres that are not yet recorded,
-// all in one transaction. Any number of processes may do so at once.
+// migratePostgres applies the files of sql/postgres that are not yet recorded, all in one transaction. Any number of
+// processes may do so at once.
 func migratePostgres(db *database, files fs.FS, log *slog.Logger) error {
-	names, err := fs.Glob(files, "sql/postgres/*.sql")
-	if err != nil {
-		return err
-	}
-	err = db.inTx(func(tx *sql.Tx) error {
+	names, _ := fs.Glob(files, "sql/postgres/*.sql")
+	err := db.inTx(func(tx *sql.Tx) error {
 		// Bound to the transaction: a session's lock would stay with its connection.
 		const prepare = `
 SELECT pg_advisory_xact_lock(hashtext('goods.migrations'));
@@ -86,13 +81,10 @@ CREATE TABLE IF NOT EXISTS schema_migrations (
 }
 
 // migrateClickHouse runs the files of sql/clickhouse.
-func migrateClickHouse(ctx context.Context, conn clickhouse.Conn, files fs.FS) error {
-	names, err := fs.Glob(files, "sql/clickhouse/*.sql")
-	if err != nil {
-		return err
-	}
+func migrateClickHouse(ctx context.Context, conn clickhouse.Conn) error {
+	names, _ := fs.Glob(migrations, "sql/clickhouse/*.sql")
 	for _, file := range names {
-		text, err := fs.ReadFile(files, file)
+		text, err := fs.ReadFile(migrations, file)
 		if err == nil {
 			err = conn.Exec(ctx, string(text))
 		}

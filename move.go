@@ -2,12 +2,13 @@ package main
 
 import (
 	"database/sql"
+	_ "embed"
 	"errors"
 	"fmt"
 )
 
-// maxMove limits the goods that one move renumbers, so that it ends within a
-// request's time, and those who create meanwhile get theirs.
+// maxMove limits the goods that one move renumbers, so that it ends within a request's time, and those who create
+// meanwhile get theirs.
 const maxMove = 50_000
 
 // place is where a good stands.
@@ -16,42 +17,25 @@ type place struct {
 	Priority int32 `json:"priority"`
 }
 
-// moveRequest puts a good in the place to, or the last one. The answer is every
-// good that has a new place, in the new order; or the good alone if none has.
+// moveRequest puts a good in the place to, or the last one. The answer is every good that has a new place, in the new
+// order; or the good alone if none has.
 type moveRequest struct {
 	id, projectID, to int32
 }
 
 func (q moveRequest) apart() any { return nil }
 
-const findPlace = `
-SELECT g.priority, (SELECT max(priority) FROM goods)
-FROM goods AS g
-WHERE g.id = $1
-  AND g.project_id = $2
-  AND NOT g.removed
-FOR UPDATE OF g`
+//go:embed sql/queries/place.sql
+var findPlace string
 
-const rotateGoods = `
-WITH locked AS MATERIALIZED (
-    SELECT id
-    FROM goods
-    WHERE priority BETWEEN $1 AND $2
-    ORDER BY id
-    FOR UPDATE
-)
-UPDATE goods AS g
-SET priority = CASE WHEN g.id = $3 THEN $4 ELSE g.priority + $5 END,
-    version = g.version + 1
-FROM locked
-WHERE g.id = locked.id
-RETURNING g.id, g.priority, g.version`
+//go:embed sql/queries/rotate.sql
+var rotateGoods string
 
 func (s *service) moveGood(requests []moveRequest) ([]result[[]place], error) {
 	q := requests[0]
 	var places []place
 	var replaced []key
-	err := s.write(func(tx *sql.Tx) error {
+	err := s.db.inTx(func(tx *sql.Tx) error {
 		// Before the statements that look: while it is held, no priority changes.
 		if _, err := tx.Exec(lockPriorities); err != nil {
 			return err
@@ -86,6 +70,7 @@ func (s *service) moveGood(requests []moveRequest) ([]result[[]place], error) {
 			return err
 		})
 	})
+	s.wake()
 	var f *failure
 	if errors.As(err, &f) {
 		return []result[[]place]{{err: f}}, nil // to try again would change nothing

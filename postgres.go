@@ -19,19 +19,16 @@ import (
 	"github.com/lib/pq/pqerror"
 )
 
-// database is a pool that prepares each query once, so that running it is one
-// round trip. Queries take no context: lib/pq ends one by dialing a second
-// connection, which a frozen server would hold, too. The server's
-// statement_timeout bounds a query, and when the server is silent, the
-// deadlines of its connection.
+// database is a pool that prepares each query once, so that running it is one round trip. Queries take no context:
+// lib/pq ends one by dialing a second connection, which a frozen server would hold, too. The server's
+// statement_timeout bounds a query, and when the server is silent, the deadlines of its connection.
 type database struct {
 	*sql.DB
 	prepared sync.Map // query -> *sql.Stmt
 }
 
-// openPostgres returns a pool of at most conns connections, on which a
-// statement, or the wait for the server, ends after limit, and the wait for a
-// lock earlier. The settings apply to its sessions. It does not connect.
+// openPostgres returns a pool of at most conns connections, on which a statement, or the wait for the server, ends
+// after limit, and the wait for a lock earlier. The settings apply to its sessions. It does not connect.
 func openPostgres(url string, conns int, limit time.Duration, settings map[string]string) (*database, error) {
 	cfg, err := pq.NewConfig(url)
 	if err != nil {
@@ -41,8 +38,8 @@ func openPostgres(url string, conns int, limit time.Duration, settings map[strin
 		cfg.ConnectTimeout = 1500 * time.Millisecond // so that a second host gets its turn within a request's time
 	}
 	timeout := strconv.FormatInt(limit.Milliseconds(), 10)
-	// Every query of the service finds its rows by an index. A plan that was made
-	// while the tables were small must not scan them when they have grown.
+	// Every query of the service finds its rows by an index. A plan that was made while the tables were small must
+	// not scan them when they have grown.
 	runtime := map[string]string{"TimeZone": "UTC", "enable_seqscan": "off", "jit": "off", "statement_timeout": timeout, "idle_in_transaction_session_timeout": timeout,
 		"lock_timeout": strconv.FormatInt(limit.Milliseconds()*3/4, 10)}
 	maps.Copy(runtime, cfg.Runtime)
@@ -94,14 +91,12 @@ func (c *limitedConn) Write(b []byte) (int, error) {
 	return c.Conn.Write(b)
 }
 
-// errOutcomeUnknown marks an error after which a write may or may not stand:
-// the service never repeats it.
+// errOutcomeUnknown marks an error after which a write may or may not stand: the service never repeats it.
 var errOutcomeUnknown = errors.New("outcome unknown")
 
-// inTx runs f in one transaction. When the connection breaks during COMMIT the
-// error is errOutcomeUnknown; after any other error nothing was written.
-// Writes are always in transactions: outside one, database/sql repeats a
-// statement by itself when its connection breaks.
+// inTx runs f in one transaction. When the connection breaks during COMMIT the error is errOutcomeUnknown; after any
+// other error nothing was written. Writes are always in transactions: outside one, database/sql repeats a statement
+// by itself when its connection breaks.
 func (db *database) inTx(f func(tx *sql.Tx) error) error {
 	tx, err := db.Begin()
 	if err != nil {
@@ -117,30 +112,21 @@ func (db *database) inTx(f func(tx *sql.Tx) error) error {
 	return err
 }
 
-// stmt is one of this program's constant queries, to be run in tx if that is
-// not nil.
-func (db *database) stmt(tx *sql.Tx, query string) (*sql.Stmt, error) {
-	stmt, ok := db.prepared.Load(query)
+// query runs one of this program's constant queries, in tx if that is not nil, and calls scan for each row.
+func (db *database) query(tx *sql.Tx, query string, args []any, scan func(rows *sql.Rows) error) error {
+	prepared, ok := db.prepared.Load(query)
 	if !ok {
 		own, err := db.Prepare(query)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		if stmt, ok = db.prepared.LoadOrStore(query, own); ok {
+		if prepared, ok = db.prepared.LoadOrStore(query, own); ok {
 			own.Close() // another goroutine was faster
 		}
 	}
+	stmt := prepared.(*sql.Stmt)
 	if tx != nil {
-		return tx.Stmt(stmt.(*sql.Stmt)), nil
-	}
-	return stmt.(*sql.Stmt), nil
-}
-
-// query runs query and calls scan for each row.
-func (db *database) query(tx *sql.Tx, query string, args []any, scan func(rows *sql.Rows) error) error {
-	stmt, err := db.stmt(tx, query)
-	if err != nil {
-		return err
+		stmt = tx.Stmt(stmt)
 	}
 	rows, err := stmt.Query(args...)
 	if err != nil {
@@ -169,9 +155,8 @@ func unavailable(err error) bool {
 	return errors.As(err, new(net.Error)) || slices.ContainsFunc(known, func(target error) bool { return errors.Is(err, target) })
 }
 
-// awaitPostgres waits until the server answers, for about patience. A server
-// that answers with a refusal (wrong password, no such database) is an error
-// at once.
+// awaitPostgres waits until the server answers, for about patience. A server that answers with a refusal (wrong
+// password, no such database) is an error at once.
 func awaitPostgres(ctx context.Context, db *database, patience time.Duration, log *slog.Logger) error {
 	for n, start := 0, time.Now(); ; n++ {
 		_, err := db.Exec(`SELECT 1`)
@@ -184,14 +169,6 @@ func awaitPostgres(ctx context.Context, db *database, patience time.Duration, lo
 		if n == 0 {
 			log.Warn("waiting for postgres", "patience", patience.String(), "err", err)
 		}
-		pause(ctx, 250*time.Millisecond)
-	}
-}
-
-// pause waits for d, or less when ctx ends.
-func pause(ctx context.Context, d time.Duration) {
-	select {
-	case <-ctx.Done():
-	case <-time.After(d):
+		time.Sleep(250 * time.Millisecond)
 	}
 }

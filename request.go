@@ -24,8 +24,8 @@ const (
 	maxKey         = 255      // bytes
 )
 
-// input is what a request says, and what is wrong with it. Each getter returns
-// a usable value or notes the fault; fault tells whether there was one.
+// input is what a request says, and what is wrong with it. Each getter returns a usable value or notes the fault;
+// fault tells whether there was one.
 type input struct {
 	query    url.Values
 	body     map[string]json.RawMessage
@@ -33,8 +33,7 @@ type input struct {
 	tooLarge bool
 }
 
-// readInput reads the query, and where fields are named also the body, which
-// must be an object with no other fields.
+// readInput reads the query, and where fields are named also the body, which must be an object with no other fields.
 func readInput(w http.ResponseWriter, r *http.Request, fields ...string) *input {
 	in := &input{bad: map[string]string{}}
 	var err error
@@ -52,8 +51,8 @@ func readInput(w http.ResponseWriter, r *http.Request, fields ...string) *input 
 	return in
 }
 
-// object splits a JSON object into its fields. encoding/json alone would take
-// repeated keys, keys in other cases, broken UTF-8, and text after the object.
+// object splits a JSON object into its fields. encoding/json alone would take repeated keys, keys in other cases,
+// broken UTF-8, and text after the object.
 func (in *input) object(body []byte, fields []string) map[string]json.RawMessage {
 	if !json.Valid(body) || !utf8.Valid(body) || bytes.TrimLeft(body, " \t\r\n")[0] != '{' {
 		in.bad["body"] = "must be one JSON object in UTF-8"
@@ -88,8 +87,8 @@ func (in *input) fault() error {
 	return nil
 }
 
-// number returns a query parameter from 1 to most, or the default for one that
-// is absent; a default of 0 makes it required.
+// number returns a query parameter from 1 to most, or the default for one that is absent; a default of 0 makes it
+// required.
 func (in *input) number(name string, absent, most int32) int32 {
 	switch values := in.query[name]; {
 	case len(values) == 1:
@@ -153,8 +152,8 @@ func (in *input) text(name string, most int) *string {
 
 var surrogatePair, surrogate = regexp.MustCompile(`(?i)\\ud[89ab]..\\ud[c-f]..`), regexp.MustCompile(`(?i)\\ud[89a-f]`)
 
-// loneSurrogate reports whether a JSON string has the escape of one half of a
-// surrogate pair, which encoding/json would replace by U+FFFD.
+// loneSurrogate reports whether a JSON string has the escape of one half of a surrogate pair, which encoding/json
+// would replace by U+FFFD.
 func loneSurrogate(raw []byte) bool {
 	if !bytes.Contains(raw, []byte(`\u`)) {
 		return false

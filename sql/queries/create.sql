@@ -1,0 +1,29 @@
+-- Creates goods from a JSON array of requests, under the lock of the priorities.
+-- A request whose key is known yields its good, with its number; one for a
+-- project that does not exist yields nothing; the others yield a new good each,
+-- in their order.
+WITH request AS (
+    SELECT *, CASE WHEN key IS NOT NULL THEN md5(jsonb_build_array(name, description)::text) END AS digest
+    FROM ROWS FROM (json_to_recordset($1) AS (project_id integer, name text, description text, key text))
+        WITH ORDINALITY AS r (project_id, name, description, key, n)
+), known AS MATERIALIZED (
+    -- A key that is null finds nothing at once.
+    SELECT r.n, g.request_digest = r.digest AS same,
+           g.id, g.project_id, g.name, g.description, g.priority, g.removed, g.created_at, g.version
+    FROM request AS r
+    JOIN goods AS g ON g.project_id = r.project_id AND g.idempotency_key = r.key
+), inserted AS (
+    INSERT INTO goods AS g (project_id, name, description, priority, idempotency_key, request_digest)
+    SELECT r.project_id, r.name, r.description,
+           (SELECT coalesce(max(priority), 0) FROM goods) + row_number() OVER (ORDER BY r.n), r.key, r.digest
+    FROM request AS r
+    JOIN campaigns AS c ON c.id = r.project_id
+    WHERE r.n NOT IN (SELECT n FROM known)
+    ORDER BY r.n
+    RETURNING 0 AS n, true AS same,
+              g.id, g.project_id, g.name, g.description, g.priority, g.removed, g.created_at, g.version
+)
+SELECT * FROM known
+UNION ALL
+SELECT * FROM inserted
+ORDER BY n, priority

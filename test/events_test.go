@@ -1,0 +1,257 @@
+package test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"goods/test/harness"
+)
+
+// nowhere is a ClickHouse that does not answer: events stay in NATS.
+const nowhere = "CLICKHOUSE_URL=clickhouse://127.0.0.1:1/default"
+
+// published waits until every event in the outbox is published, and returns
+// the messages in the stream.
+func published(t testing.TB, w *harness.World) []*jetstream.RawStreamMsg {
+	t.Helper()
+	harness.Eventually(t, 15*time.Second, func() error {
+		var left int
+		err := w.DB.QueryRow(`SELECT count(*) FROM outbox WHERE published_at IS NULL`).Scan(&left)
+		if err == nil && left > 0 {
+			err = fmt.Errorf("%d events are not published", left)
+		}
+		return err
+	})
+	stream := stream(t, w)
+	var messages []*jetstream.RawStreamMsg
+	for n, state := uint64(0), stream.CachedInfo().State; n < state.Msgs; n++ {
+		m, err := stream.GetMsg(t.Context(), state.FirstSeq+n)
+		harness.Must(t, err)
+		messages = append(messages, m)
+	}
+	return messages
+}
+
+// events counts the events in messages.
+func events(t testing.TB, messages []*jetstream.RawStreamMsg) (n int) {
+	t.Helper()
+	for _, m := range messages {
+		var list []json.RawMessage
+		harness.Must(t, json.Unmarshal(m.Data, &list))
+		n += len(list)
+	}
+	return n
+}
+
+func stream(t testing.TB, w *harness.World) jetstream.Stream {
+	t.Helper()
+	s, err := w.JS.Stream(t.Context(), w.Stream())
+	harness.Must(t, err)
+	return s
+}
+
+// emptied waits until every message in the stream is acknowledged.
+func emptied(t testing.TB, w *harness.World) {
+	t.Helper()
+	harness.Eventually(t, 30*time.Second, func() error {
+		if n := stream(t, w).CachedInfo().State.Msgs; n > 0 {
+			return fmt.Errorf("%d messages are left", n)
+		}
+		return nil
+	})
+}
+
+// insertSizes returns the rows of each INSERT that ClickHouse has seen, sorted.
+func insertSizes(t testing.TB, w *harness.World) (sizes []int) {
+	t.Helper()
+	rows, err := w.ClickHouse.Query(context.Background(),
+		`SELECT rows FROM system.parts WHERE database = currentDatabase() AND table = 'goods_log' AND level = 0`)
+	harness.Must(t, err)
+	defer rows.Close()
+	for rows.Next() {
+		var n uint64
+		harness.Must(t, rows.Scan(&n))
+		sizes = append(sizes, int(n))
+	}
+	harness.Must(t, rows.Err())
+	slices.Sort(sizes)
+	return sizes
+}
+
+// What is fewer than a batch does not wait for more than a second.
+func TestEventsFiveAtATime(t *testing.T) {
+	t.Parallel()
+	for batch, want := range map[string][]int{"5": {3, 5, 5, 5, 5}, "1": slices.Repeat([]int{1}, 23), "1000": {23}} {
+		w := harness.NewWorld(t)
+		w.Start(t, "EVENTS_BATCH="+batch)
+		// Writes by hand are logged like any other.
+		w.Exec(t, `INSERT INTO goods (project_id, name) SELECT 1, n::text FROM generate_series(1, 13) AS n; UPDATE goods SET removed = true WHERE id <= 10`)
+		if n := w.Settled(t, 15*time.Second); n != 23 {
+			t.Errorf("got %d events, want 23", n)
+		}
+		if sizes := insertSizes(t, w); !slices.Equal(sizes, want) {
+			t.Errorf("EVENTS_BATCH=%s: got INSERTs of %v rows, want %v", batch, sizes, want)
+		}
+	}
+}
+
+func TestStreamDeleted(t *testing.T) {
+	t.Parallel()
+	w := harness.NewWorld(t)
+	a := w.Start(t, nowhere)
+	a.Stock(t, 12)
+	if n := events(t, published(t, w)); n != 12 {
+		t.Errorf("got %d events in the stream, want 12", n)
+	}
+	harness.Must(t, w.JS.DeleteStream(t.Context(), w.Stream()))
+	harness.Must(t, a.Stop())
+
+	b := w.Start(t) // finds no stream, and events that were published
+	if n := w.Settled(t, 30*time.Second); n != 12 {
+		t.Errorf("got %d events, want 12", n)
+	}
+	harness.Must(t, w.JS.DeleteStream(t.Context(), w.Stream()))
+	b.Create(t, "after") // while the service runs
+	if n := w.Settled(t, 30*time.Second); n != 13 {
+		t.Errorf("got %d events, want 13", n)
+	}
+}
+
+// The messages vanish while the stream stays, as after a crash of NATS.
+func TestEventsLostByNATS(t *testing.T) {
+	t.Parallel()
+	w := harness.NewWorld(t)
+	a := w.Start(t, nowhere)
+	a.Stock(t, 7)
+	published(t, w)
+	harness.Must(t, a.Stop())
+	harness.Must(t, stream(t, w).Purge(t.Context()))
+	w.Start(t)
+	harness.Eventually(t, time.Minute, func() error {
+		// Half a minute is not waited for, but NATS' own window for repeats is.
+		w.Exec(t, `UPDATE outbox SET published_at = published_at - interval '1 hour'`)
+		if n := harness.One[int](t, w, `SELECT count(*) FROM outbox`); n > 0 {
+			return fmt.Errorf("%d events are still in the outbox", n)
+		}
+		return nil
+	})
+	if n := w.Settled(t, time.Second); n != 7 {
+		t.Errorf("got %d events, want 7", n)
+	}
+}
+
+func TestEventsTwice(t *testing.T) {
+	t.Parallel()
+	w := harness.NewWorld(t)
+	a := w.Start(t, nowhere)
+	w.Exec(t, `INSERT INTO goods (project_id, name) SELECT 1, n::text FROM generate_series(1, 10) AS n`)
+	messages := published(t, w)
+
+	// The mark was lost: the relay publishes again, and NATS knows the names.
+	w.Exec(t, `UPDATE outbox SET published_at = NULL`)
+	if again := published(t, w); len(again) != len(messages) || events(t, again) != 10 {
+		t.Errorf("the stream has %d messages of %d events, want %d of 10", len(again), events(t, again), len(messages))
+	}
+	// NATS has forgotten the names: the same events are in the stream twice.
+	for _, m := range messages {
+		_, err := w.JS.Publish(t.Context(), w.Subject(), m.Data)
+		harness.Must(t, err)
+	}
+	harness.Must(t, a.Stop())
+	w.Start(t)
+	emptied(t, w)
+	if n := w.Settled(t, 15*time.Second); n != 10 {
+		t.Errorf("got %d distinct events, want 10", n)
+	}
+	total := 0
+	for _, n := range insertSizes(t, w) {
+		total += n
+	}
+	if total != 20 {
+		t.Errorf("got %d inserted rows, want each of 10 twice", total)
+	}
+}
+
+// The service is killed after it has inserted a batch and before it has
+// deleted the rows and acknowledged the message: the batch comes again.
+func TestKilledBetweenInsertAndAck(t *testing.T) {
+	t.Parallel()
+	w := harness.NewWorld(t)
+	a := w.Start(t, nowhere)
+	w.Exec(t, `INSERT INTO goods (project_id, name) SELECT 1, n::text FROM generate_series(1, 5) AS n`)
+	published(t, w)
+	harness.Must(t, a.Stop())
+
+	tx := w.Hold(t, `SELECT FROM outbox FOR UPDATE`)
+	b := w.Start(t)
+	inserted := func(times int) {
+		t.Helper()
+		harness.Eventually(t, 30*time.Second, func() error {
+			if _, err := w.JS.Stream(t.Context(), w.Stream()); err != nil {
+				return err
+			}
+			if sizes := insertSizes(t, w); len(sizes) < times {
+				return fmt.Errorf("got INSERTs of %v rows, want %d", sizes, times)
+			}
+			return nil
+		})
+	}
+	inserted(1)
+	harness.Must(t, b.Process.Kill())
+	if err := b.Stop(); err == nil {
+		t.Error("the process ended well, want it killed")
+	}
+	harness.Must(t, tx.Rollback())
+
+	w.Start(t)
+	inserted(2)
+	emptied(t, w)
+	if n := w.Settled(t, 15*time.Second); n != 5 {
+		t.Errorf("got %d distinct events, want 5", n)
+	}
+}
+
+// What is not an event is logged, counted, and in nobody's way.
+func TestGarbageInTheStream(t *testing.T) {
+	t.Parallel()
+	w := harness.NewWorld(t)
+	a := w.Start(t)
+	a.Create(t, "before")
+	w.Settled(t, 15*time.Second)
+	const event = `"id":1,"projectId":1,"version":1,"time":"2026-01-02T15:04:05Z"`
+	garbage := []string{
+		"", "no event \x00\xff", "null", "[]", "{}", "1", `"text"`, "[", "[1]", strings.Repeat("x", 100_000), `{"outbox":1,` + event + `}`,
+		`[{"outbox":-1,` + event + `}]`, `[{` + event + `}]`,
+		`[{"outbox":1,"id":"1","projectId":1,"version":1,"time":"2026-01-02T15:04:05Z"}]`,
+		`[{"outbox":1,"id":1,"projectId":1,"version":-1,"time":"2026-01-02T15:04:05Z"}]`,
+		`[{"outbox":1,"id":99999999999,"projectId":1,"version":1,"time":"2026-01-02T15:04:05Z"}]`,
+		`[{"outbox":1,"id":1,"projectId":1,"version":1,"time":"1906-01-02T15:04:05Z"}]`,
+		`[{"outbox":1,"id":1,"projectId":1,"version":1,"time":"2206-01-02T15:04:05Z"}]`,
+		`[{"outbox":1,"id":1,"projectId":1,"version":1,"time":"yesterday"}]`,
+	}
+	for _, g := range garbage {
+		_, err := w.JS.Publish(t.Context(), w.Subject(), []byte(g))
+		harness.Must(t, err)
+	}
+	a.Create(t, "after")
+	emptied(t, w)
+	if n := w.Settled(t, 30*time.Second); n != 2 {
+		t.Errorf("got %d events, want 2", n)
+	}
+	harness.Eventually(t, 15*time.Second, func() error {
+		if n := value(t, a, "goods_events_thrown_away_total"); int(n) != len(garbage) {
+			return fmt.Errorf("%v messages were thrown away, want %d", n, len(garbage))
+		}
+		return nil
+	})
+	if n := len(a.Log.Lines("message thrown away")); n != len(garbage) {
+		t.Errorf("the log has %d messages, want %d", n, len(garbage))
+	}
+}
