@@ -27,7 +27,8 @@ var variables = []struct {
 	pattern              *regexp.Regexp
 }{
 	{"HTTP_ADDR", ":8080", "the address to listen on, host:port", regexp.MustCompile(`^[^ ]*:\d{1,5}$`)},
-	{"POSTGRES_URL", "postgres://goods:goods@localhost:5432/goods?sslmode=disable", "a postgres:// URL, the database of the goods", regexp.MustCompile(`^postgres(ql)?://`)},
+	{"POSTGRES_URL", "postgres://goods:goods@localhost:5432/goods?sslmode=disable", "a postgres://host:port/database URL, several hosts as host,host/database?port=port,port, the database of the goods",
+		regexp.MustCompile(`^postgres(ql)?://([^@/?]*@)?([^:/?,]*(:\d+)?|\[[^]]*\](:\d+)?|[^:/?]*)([/?]|$)`)},
 	{"REDIS_URL", "redis://localhost:6379/0", "a redis:// or rediss://host:port/number URL, the cache", regexp.MustCompile(`^rediss?://[^/ ]+(/\d*)?$`)},
 	{"NATS_URL", "nats://localhost:4222", "nats:// or tls://host:port URLs with commas, the road of the events", regexp.MustCompile(`^(nats|tls)://[^/, ]+/?(, *(nats|tls)://[^/, ]+/?)*$`)},
 	{"CLICKHOUSE_URL", "clickhouse://localhost:9000/default", "a clickhouse://, http:// or https://host:port/database URL, the log of the events",

@@ -151,6 +151,7 @@ func (p *pipeline) publish() (more bool, err error) {
 // drain moves events from NATS into ClickHouse, for ever. Replicas share one consumer, so any number may drain at
 // once.
 func (p *pipeline) drain() {
+	p.retry("nats", nil, func() error { _, err := p.connect(); return err }) // the relay needs the stream
 	p.retry("migrate clickhouse", nil, func() error { return migrateClickHouse(context.Background(), p.clickhouse) })
 	for state := (state{log: p.log, name: "drain"}); ; time.Sleep(retryMost / 2) {
 		consumer, err := p.connect()

@@ -1,0 +1,227 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// ask is a request that asks for itself.
+type ask struct {
+	n   int
+	key any
+}
+
+func (q ask) apart() any { return q.key }
+
+// testBatcher notes the batches that run gets.
+func testBatcher(run func([]ask) ([]result[int], error)) (*batcher[ask, int], *[][]int) {
+	var mu sync.Mutex
+	var batches [][]int
+	log := slog.New(slog.NewTextHandler(io.Discard, nil))
+	b := newBatcher("test", 4, func(requests []ask) ([]result[int], error) {
+		var batch []int
+		for _, q := range requests {
+			batch = append(batch, q.n)
+		}
+		mu.Lock()
+		batches = append(batches, batch)
+		mu.Unlock()
+		return run(requests)
+	}, newMetrics(nil), log)
+	return b, &batches
+}
+
+func echo(requests []ask) ([]result[int], error) {
+	var results []result[int]
+	for _, q := range requests {
+		results = append(results, result[int]{answer: q.n})
+	}
+	return results, nil
+}
+
+// ended is what a call came to.
+type ended struct {
+	n, answer int
+	err       error
+	took      time.Duration
+}
+
+// start makes the calls one after the other, each once the one before waits.
+func start(b *batcher[ask, int], requests ...ask) chan ended {
+	done := make(chan ended, len(requests))
+	begin := time.Now()
+	for _, q := range requests {
+		go func() {
+			answer, err := b.do(context.Background(), q)
+			done <- ended{q.n, answer, err, time.Since(begin)}
+		}()
+		synctest.Wait()
+	}
+	return done
+}
+
+func asks(from, to int) (requests []ask) {
+	for n := from; n <= to; n++ {
+		requests = append(requests, ask{n: n})
+	}
+	return requests
+}
+
+func TestBatchTakesWhatWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b, batches := testBatcher(func(requests []ask) ([]result[int], error) {
+			time.Sleep(time.Millisecond)
+			return echo(requests)
+		})
+		done := start(b, append(asks(1, 6), ask{7, "a"}, ask{8, "a"}, ask{9, "b"})...)
+		for range 9 {
+			if e := <-done; e.err != nil || e.answer != e.n {
+				t.Errorf("call %d: got %d, %v", e.n, e.answer, e.err)
+			}
+		}
+		want := [][]int{{1}, {2, 3, 4, 5}, {6, 7, 9}, {8}} // four at most, and 8 apart from 7
+		if !slices.EqualFunc(*batches, want, slices.Equal) {
+			t.Errorf("got batches %v, want %v", *batches, want)
+		}
+	})
+}
+
+func TestBatchAnswersInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan bool)
+		b, batches := testBatcher(func(requests []ask) ([]result[int], error) {
+			<-release
+			return echo(requests)
+		})
+		done := start(b, asks(1, 3)...)
+		for range 3 { // the first runs, the others wait
+			if e := <-done; !errors.Is(e.err, context.DeadlineExceeded) || e.took != requestTimeout {
+				t.Errorf("call %d: got %v after %v, want an error after %v", e.n, e.err, e.took, requestTimeout)
+			}
+		}
+		close(release)
+		synctest.Wait()
+		if want := [][]int{{1}}; !slices.EqualFunc(*batches, want, slices.Equal) {
+			t.Errorf("got batches %v, want %v: what has not begun never will", *batches, want)
+		}
+		if e := <-start(b, ask{n: 4}); e.err != nil {
+			t.Errorf("after the batch that hung: %v", e.err)
+		}
+	})
+}
+
+func TestBatchCallerGoesAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b, batches := testBatcher(func(requests []ask) ([]result[int], error) {
+			time.Sleep(time.Millisecond)
+			return echo(requests)
+		})
+		first := start(b, ask{n: 1})
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		if _, err := b.do(ctx, ask{n: 2}); !errors.Is(err, context.Canceled) {
+			t.Errorf("got %v, want %v", err, context.Canceled)
+		}
+		<-first
+		synctest.Wait()
+		if want := [][]int{{1}}; !slices.EqualFunc(*batches, want, slices.Equal) {
+			t.Errorf("got batches %v, want %v", *batches, want)
+		}
+	})
+}
+
+func TestBatchFailures(t *testing.T) {
+	bad := errors.New("bad request")
+	for name, test := range map[string]struct {
+		run  func(requests []ask) ([]result[int], error) // answers 1 first, then the rest
+		fail map[int]error                               // by call
+		runs int
+	}{
+		"a failure stays with its request": {
+			run: func(requests []ask) ([]result[int], error) {
+				if slices.ContainsFunc(requests, func(q ask) bool { return q.n == 3 }) {
+					return nil, bad
+				}
+				return echo(requests)
+			},
+			fail: map[int]error{3: bad}, runs: 1 + 1 + 3,
+		},
+		"an unknown outcome is not tried again": {
+			run: func(requests []ask) ([]result[int], error) {
+				if len(requests) > 1 {
+					return nil, errOutcomeUnknown
+				}
+				return echo(requests)
+			},
+			fail: map[int]error{2: errOutcomeUnknown, 3: errOutcomeUnknown, 4: errOutcomeUnknown}, runs: 1 + 1,
+		},
+		"a panic is an unknown outcome": {
+			run: func(requests []ask) ([]result[int], error) {
+				if len(requests) > 1 {
+					panic("unforeseen")
+				}
+				return echo(requests)
+			},
+			fail: map[int]error{2: errOutcomeUnknown, 3: errOutcomeUnknown, 4: errOutcomeUnknown}, runs: 1 + 1,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b, batches := testBatcher(func(requests []ask) ([]result[int], error) {
+					time.Sleep(time.Duration(len(requests)) * time.Millisecond) // never two at the same moment
+					return test.run(requests)
+				})
+				b.alone = make(chan struct{}, 1)
+				done := start(b, asks(1, 4)...)
+				for range 4 {
+					if e := <-done; !errors.Is(e.err, test.fail[e.n]) || test.fail[e.n] == nil && e.err != nil {
+						t.Errorf("call %d: got %v, want %v", e.n, e.err, test.fail[e.n])
+					}
+				}
+				if len(*batches) != test.runs {
+					t.Errorf("got runs %v, want %d", *batches, test.runs)
+				}
+			})
+		})
+	}
+}
+
+func TestBatchStragglersHoldUpNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		begin, unlock := make(chan bool), make(chan bool)
+		b, _ := testBatcher(func(requests []ask) ([]result[int], error) {
+			<-begin
+			if len(requests) == 1 && requests[0].n < 0 {
+				<-unlock
+			}
+			results, err := echo(requests)
+			for i, q := range requests {
+				if q.n < 0 && len(requests) > 1 {
+					results[i].err = errTryAlone
+				}
+			}
+			return results, err
+		})
+		done := start(b, append(asks(1, 2), ask{n: -1}, ask{n: 3})...)
+		close(begin)
+		for range 3 {
+			if e := <-done; e.err != nil || e.took != 0 {
+				t.Errorf("call %d: got %v after %v, want an answer at once", e.n, e.err, e.took)
+			}
+		}
+		if e := <-start(b, ask{n: 4}); e.err != nil || e.took != 0 {
+			t.Errorf("the next batch: got %v after %v, want an answer at once", e.err, e.took)
+		}
+		if e := <-done; !errors.Is(e.err, context.DeadlineExceeded) {
+			t.Errorf("the straggler: got %v, want %v", e.err, context.DeadlineExceeded)
+		}
+		close(unlock)
+	})
+}

@@ -1,0 +1,102 @@
+package main
+
+import (
+	"encoding/json"
+	"maps"
+	"net/http/httptest"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"unicode/utf8"
+)
+
+// read reads a request, and returns its name, its description and the bad fields.
+func read(query, body string) (name, description *string, in *input) {
+	r := httptest.NewRequest("PATCH", "/goods/update", strings.NewReader(body))
+	r.URL.RawQuery = query
+	in = readInput(httptest.NewRecorder(), r, "name", "description")
+	in.number("id", 0, maxInt32)
+	return in.name(), in.text("description", maxDescription), in
+}
+
+func TestBodies(t *testing.T) {
+	for body, bad := range map[string]string{
+		`{"name":"x"}`:                                "",
+		` {"name":"x","description":""} `:             "",
+		`{"name":"\ud83d\ude00 \\ud800"}`:             "", // a pair; an escaped backslash
+		`{"name":"` + strings.Repeat("é", 255) + `"}`: "",
+		``:                            "body",
+		`null`:                        "body",
+		`[]`:                          "body",
+		`{"name":"x"} x`:              "body",
+		`{"name":"x"}{}`:              "body",
+		`{"name":"x"`:                 "body",
+		"{\"name\":\"\xff\"}":         "body",
+		`{}`:                          "name",
+		`{"Name":"x"}`:                "Name name",
+		`{"name":"x","name":"y"}`:     "name",
+		`{"name":"x","price":1}`:      "price",
+		`{"name":" \t\u00a0"}`:        "name",
+		`{"name":null}`:               "name",
+		`{"name":1,"description":[]}`: "description name",
+		`{"name":"\u0000"}`:           "name",
+		`{"name":"\ud800x"}`:          "name",
+		`{"name":"\\\uDC00"}`:         "name",
+		`{"name":"` + strings.Repeat("é", 256) + `"}`:                                "name",
+		`{"name":"x","description":"` + strings.Repeat("d", maxDescription+1) + `"}`: "description",
+	} {
+		_, _, in := read("id=1", body)
+		if got := strings.Join(slices.Sorted(maps.Keys(in.bad)), " "); got != bad {
+			t.Errorf("%.60s: got bad fields %q, want %q", body, got, bad)
+		}
+	}
+}
+
+func FuzzBody(f *testing.F) {
+	for _, seed := range []string{`{"name":"x"}`, `{"name":"\ud83d\ude00","description":""}`, `{"name":"\ud800"}`, `{"a":1,"a":2}`, `[`, `{} {}`, "\xff"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, body string) {
+		name, description, in := read("id=1", body)
+		if in.fault() != nil {
+			return
+		}
+		// What is taken is an object of just these two, with texts that Postgres and every client can hold.
+		var object map[string]string
+		if err := json.Unmarshal([]byte(body), &object); err != nil || object["name"] != *name {
+			t.Fatalf("%q: taken as %q: %v", body, *name, err)
+		}
+		texts := []string{*name}
+		if description != nil {
+			texts = append(texts, *description)
+		}
+		if len(object) != len(texts) || strings.TrimSpace(*name) == "" || utf8.RuneCountInString(*name) > maxName {
+			t.Fatalf("%q: taken as %q", body, texts)
+		}
+		for _, s := range texts {
+			if !utf8.ValidString(s) || strings.ContainsRune(s, 0) || utf8.RuneCountInString(s) > maxDescription {
+				t.Fatalf("%q: taken as %q", body, s)
+			}
+		}
+	})
+}
+
+func FuzzQuery(f *testing.F) {
+	for _, seed := range []string{"id=1", "id=+1", "id=01", "id=", "id=1&id=2", "id=2147483648", "id=-1", "id=%31", "%zz"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, query string) {
+		_, _, in := read(query, `{"name":"x"}`)
+		values, err := url.ParseQuery(query)
+		want := false
+		if ids := values["id"]; err == nil && len(ids) == 1 && strings.Trim(ids[0], "0123456789") == "" {
+			n, err := strconv.ParseInt(ids[0], 10, 32)
+			want = err == nil && n > 0
+		}
+		if got := in.fault() == nil; got != want {
+			t.Fatalf("%q: taken %v, want %v: %v", query, got, want, in.bad)
+		}
+	})
+}
