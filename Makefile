@@ -91,7 +91,7 @@ faults: ## break every server, and the service, under load; prints what clients 
 soak: ## break servers at random under load, for MINUTES=5
 	$(contained) $(servers) cd test; MINUTES=$(MINUTES) go test -count=1 -timeout=0 -v $(TESTFLAGS) ./faults
 
-bench: ## measure throughput and latency
+bench: ## measure throughput and latency; BENCH='lists writes' picks parts, DOCS=1 also writes docs/benchmarks.md
 	$(contained) $(servers) scripts/servers.sh install wrk; cd test; go test -count=1 -timeout=30m -v $(TESTFLAGS) ./bench
 
 fuzz: ## run each fuzz target for FUZZTIME=30s
