@@ -14,6 +14,9 @@ import (
 	"github.com/lib/pq"
 )
 
+// version is set by the linker.
+var version = "(devel)"
+
 type config struct {
 	addr, postgres, redis, nats, namespace string
 	clickhouse                             *clickhouse.Options

@@ -84,7 +84,7 @@ func (p *pipeline) pingClickHouse(ctx context.Context) error {
 	return p.clickhouse.Exec(ctx, `SELECT Id FROM goods_log LIMIT 0`)
 }
 
-// relay publishes what waits in the outbox, for ever. Any number of replicas may relay at once.
+// relay publishes what waits in the outbox, forever. Any number of replicas may relay at once.
 func (p *pipeline) relay() {
 	for state := (state{log: p.log, name: "relay"}); ; {
 		more, err := p.publish()
@@ -148,8 +148,7 @@ func (p *pipeline) publish() (more bool, err error) {
 	return err == nil && len(all) == most, err
 }
 
-// drain moves events from NATS into ClickHouse, for ever. Replicas share one consumer, so any number may drain at
-// once.
+// drain moves events from NATS into ClickHouse, forever. Replicas share one consumer: any number may drain.
 func (p *pipeline) drain() {
 	p.retry("nats", nil, func() error { _, err := p.connect(); return err }) // the relay needs the stream
 	p.retry("migrate clickhouse", nil, func() error { return migrateClickHouse(context.Background(), p.clickhouse) })
@@ -222,8 +221,7 @@ const forgetEvents = `
 DELETE FROM outbox
 WHERE id = ANY ($1)`
 
-// store inserts the events of a message into ClickHouse, deletes their outbox rows, and only then acknowledges it. It
-// tries until it succeeds.
+// store inserts the events of m into ClickHouse, deletes their outbox rows, and only then acknowledges m.
 func (p *pipeline) store(m jetstream.Msg) {
 	var events []event
 	var ids pq.Int64Array
@@ -272,8 +270,7 @@ func (p *pipeline) insert(events []event) error {
 	return batch.Send()
 }
 
-// find looks for events that NATS lost: the consumer has nothing left, and rows published half a minute ago are still
-// in the outbox.
+// find looks for events that NATS lost: the consumer has nothing left, but the outbox has rows of half a minute ago.
 func (p *pipeline) find(consumer jetstream.Consumer) error {
 	ctx, cancel := context.WithTimeout(context.Background(), natsTimeout)
 	defer cancel()

@@ -11,8 +11,7 @@ import (
 	"time"
 )
 
-// failure is an error that a client is told about, as JSON. Every other error is internal, and its cause goes to the
-// log only.
+// failure is an error that a client is told about, as JSON. Every other error is internal, for the log only.
 type failure struct {
 	Status  int               `json:"-"` // of HTTP
 	Code    int               `json:"code"`
@@ -69,8 +68,7 @@ func (g *good) fields() []any {
 	return []any{&g.ID, &g.ProjectID, &g.Name, &g.Description, &g.Priority, &g.Removed, &g.CreatedAt.Time, &g.version}
 }
 
-// service does what the API says. Its methods may be called concurrently; they return a *failure, or an error that is
-// the service's own.
+// service does what the API says, each call in a batch. An error is a *failure, or the service's own.
 type service struct {
 	db    *database
 	cache *cache
@@ -173,8 +171,7 @@ func (q editRequest) apart() any { return q.ID } // one statement changes a row 
 //go:embed sql/queries/edit.sql
 var editGood string
 
-// In company, nobody waits for a good that another transaction has locked: what is not found may be that, and is
-// tried alone.
+// In company, nobody waits for a good that is locked elsewhere: what is not found may be that, and is tried alone.
 var editGoods = strings.Replace(editGood, "FOR UPDATE OF g", "FOR UPDATE OF g SKIP LOCKED", 1)
 
 func (s *service) editAll(requests []editRequest) ([]result[good], error) {

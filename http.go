@@ -20,7 +20,6 @@ var (
 	errInternal      = &failure{500, 1, "errors.internal", none}
 	errRouteNotFound = &failure{404, 5, "errors.route.notFound", none}
 	errMethod        = &failure{405, 6, "errors.method.notAllowed", none}
-	errTooLarge      = &failure{413, 7, "errors.request.tooLarge", none}
 	errUnavailable   = &failure{503, 8, "errors.service.unavailable", none}
 )
 

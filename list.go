@@ -4,6 +4,7 @@ import (
 	"database/sql"
 	_ "embed"
 	"fmt"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -87,7 +88,7 @@ type view struct {
 func newView(pages []listRequest) *view {
 	v := &view{}
 	for _, q := range pages {
-		for n := int32(0); n < q.limit && q.offset <= maxInt32-n; n++ {
+		for n := int32(0); n < q.limit && q.offset <= math.MaxInt32-n; n++ {
 			v.positions = append(v.positions, q.offset+n)
 		}
 	}

@@ -29,15 +29,6 @@ const (
 	shutdownTimeout  = 10 * time.Second        // for the requests in flight
 )
 
-// version is set by the linker; else it is what Go knows of the source.
-var version string
-
-func init() {
-	if info, ok := debug.ReadBuildInfo(); ok && version == "" {
-		version = info.Main.Version
-	}
-}
-
 func main() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(400) // a tenth more lists a second, for some 10 MB

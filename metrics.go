@@ -30,7 +30,7 @@ type health struct {
 	lastOK sync.Map // name -> time.Time
 }
 
-// watch tries each server for ever.
+// watch tries each server forever.
 func (h *health) watch() {
 	for name, ping := range h.pings {
 		go func() {

@@ -24,6 +24,8 @@ const (
 	maxKey         = 255      // bytes
 )
 
+var errTooLarge = &failure{413, 7, "errors.request.tooLarge", none}
+
 // input is what a request says, and what is wrong with it. Each getter returns a usable value or notes the fault;
 // fault tells whether there was one.
 type input struct {

@@ -8,7 +8,7 @@ WITH request AS (
         WITH ORDINALITY AS r (project_id, name, description, key, n)
 ), known AS MATERIALIZED (
     -- A key that is null finds nothing at once.
-    SELECT r.n, g.request_digest = r.digest AS same,
+    SELECT r.n, g.request_digest IS NOT DISTINCT FROM r.digest AS same,
            g.id, g.project_id, g.name, g.description, g.priority, g.removed, g.created_at, g.version
     FROM request AS r
     JOIN goods AS g ON g.project_id = r.project_id AND g.idempotency_key = r.key
