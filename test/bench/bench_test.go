@@ -4,7 +4,9 @@
 package bench
 
 import (
+	"cmp"
 	"fmt"
+	"math"
 	"os"
 	"runtime"
 	"slices"
@@ -19,13 +21,14 @@ const (
 	conns  = 64
 	rounds = 3
 	goods  = 100_000
+	large  = 1_000_000
 	docs   = "../../docs/"
-	begin  = "<!-- make bench DOCS=1 writes all below -->\n"
+	mark   = "<!-- make bench DOCS=1 writes all below -->\n"
 )
 
 func TestMain(m *testing.M) {
 	if config := os.Getenv(referenceVariable); config != "" {
-		panic(serveReference(config))
+		serveReference(config)
 	}
 	harness.Main(m)
 }
@@ -34,16 +37,17 @@ func TestMain(m *testing.M) {
 // parts by name, BEFORE is another build of the service to compare with, and
 // DOCS=1 has the tables written to docs/benchmarks.md, and the plot beside it.
 func TestBench(t *testing.T) {
-	b := &bench{T: t, dir: t.TempDir(), sites: map[int]*site{}}
+	b := &bench{T: t, sites: map[int]*site{}}
 	start := time.Now()
 	if program := os.Getenv("BEFORE"); program != "" {
 		b.before = b.open(goods, program)
+		b.apps = nil
 	}
 	for _, part := range []struct {
 		name string
 		run  func()
 	}{
-		{"lists", b.lists}, {"growth", b.growth}, {"writes", b.writes}, {"alone", b.alone}, {"events", b.events}, {"memory", b.memory},
+		{"lists", b.lists}, {"writes", b.writes}, {"alone", b.alone}, {"events", b.events}, {"growth", b.growth}, {"memory", b.memory},
 	} {
 		if only := os.Getenv("BENCH"); only == "" || strings.Contains(only, part.name) {
 			part.run()
@@ -52,30 +56,27 @@ func TestBench(t *testing.T) {
 	text := b.report(time.Since(start))
 	fmt.Print("\n", text)
 	if os.Getenv("DOCS") == "1" {
-		page, _, _ := strings.Cut(string(harness.File(b, "docs/benchmarks.md")), begin)
-		harness.Must(b, os.WriteFile(docs+"benchmarks.md", []byte(page+begin+"\n"+text), 0o644))
+		page, _, _ := strings.Cut(string(harness.File(b, "docs/benchmarks.md")), mark)
+		harness.Must(b, os.WriteFile(docs+"benchmarks.md", []byte(page+mark+"\n"+text), 0o644))
 		harness.Must(b, os.WriteFile(docs+"growth.svg", []byte(plot(b.figures)), 0o644))
 	}
 }
 
 type bench struct {
 	*testing.T
-	dir     string
 	sites   map[int]*site // by the number of goods; parts share them
 	before  *site         // of the build to compare with, or nil
-	apps    []*harness.App
+	apps    []target
 	rows    []*row
 	figures []*figure
-	memo    string
+	memo    string // what is no table
 }
 
 // site is a world with goods, and the service there.
 type site struct {
 	*harness.World
-	app *harness.App
+	app target
 }
-
-func (s *site) target() target { return target{s.app.URL, s.app.Process.Pid} }
 
 func (b *bench) site(n int) *site {
 	b.Helper()
@@ -88,21 +89,17 @@ func (b *bench) site(n int) *site {
 func (b *bench) open(n int, program string) *site {
 	b.Helper()
 	w := b.stocked(n, program)
-	s := &site{w, b.start(w)}
-	if program != "" {
-		b.apps = nil // it is the first, and not what is measured
-	}
-	return s
+	return &site{w, b.start(w)}
 }
 
 // start runs a service that drains events by the hundred, so that the drain of
 // one measurement is done before the next.
-func (b *bench) start(w *harness.World) *harness.App {
+func (b *bench) start(w *harness.World) target {
 	b.Helper()
 	a := w.Start(b, "LOG_LEVEL=info", "EVENTS_BATCH=500")
-	b.apps = append(b.apps, a)
 	harness.Eventually(b, 10*time.Second, a.Ready)
-	return a
+	b.apps = append(b.apps, target{a.URL, a.Process.Pid})
+	return b.apps[len(b.apps)-1]
 }
 
 // stocked makes a world with n goods and no service yet. Triggers are off
@@ -139,20 +136,23 @@ func (b *bench) drained(w *harness.World, most int) {
 	})
 }
 
+// metric is one number of a sample.
+type metric func(sample) float64
+
+func rate(s sample) float64 { return s.rate }
+func p50(s sample) float64  { return s.p50 }
+func p99(s sample) float64  { return s.p99 }
+
 // row compares the service with something else, round by round.
 type row struct {
 	what, with string
-	because    string // why that is the right comparison
-	limit      float64
-	atMost     bool   // the limit is an upper one
-	short      string // why the goal may be missed
-	compare    func(got, ref sample) float64
+	because    string // why that is the right comparison, unless an earlier row says so
+	metric     metric
+	limit      float64 // the goal of the ratio, or 0
+	atMost     bool    // the limit is an upper one
+	short      string  // why the goal may be missed
 	got, ref   []sample
 }
-
-func rates(got, ref sample) float64 { return got.rate / ref.rate }
-func p50s(got, ref sample) float64  { return got.p50 / ref.p50 }
-func p99s(got, ref sample) float64  { return got.p99 / ref.p99 }
 
 // add adds a round to a row, and the row with its first.
 func (b *bench) add(r row, got, ref sample) {
@@ -163,60 +163,81 @@ func (b *bench) add(r row, got, ref sample) {
 	b.rows[i].got, b.rows[i].ref = append(b.rows[i].got, got), append(b.rows[i].ref, ref)
 }
 
-const theBuildBefore = "the build before"
-
-// earlier compares a round with the build before, if there is one.
-func (b *bench) earlier(what string, got sample, requests ...request) {
-	b.Helper()
-	if b.before != nil {
-		b.add(row{what: what + ", p99", with: theBuildBefore, limit: 1, atMost: true, compare: p99s,
-			because: "a build's price shows only against the one before in the same run",
-			short:   "this build is slower here, unless the spread is on both sides of 1"}, got, b.ask(b.before.target(), 2, requests...))
-		b.drained(b.before.World, 500)
-	}
-}
-
 // spread is the lowest value, the median and the highest.
 type spread struct{ low, median, high float64 }
 
-func spreadOf[T any](rounds []T, f func(i int, of T) float64) spread {
-	values := make([]float64, len(rounds))
-	for i, r := range rounds {
-		values[i] = f(i, r)
-	}
+func spreadOf(values []float64) spread {
 	slices.Sort(values)
 	return spread{values[0], values[len(values)/2], values[len(values)-1]}
 }
 
-func rateOf(_ int, s sample) float64 { return s.rate }
-func p50Of(_ int, s sample) float64  { return s.p50 }
-func p99Of(_ int, s sample) float64  { return s.p99 }
-
-func describe(rounds []sample) string {
-	text := fmt.Sprintf("%.0f", spreadOf(rounds, rateOf).median)
-	if p99 := spreadOf(rounds, p99Of).median; p99 > 0 {
-		text += fmt.Sprintf(", %.2f, %.2f", spreadOf(rounds, p50Of).median, p99)
+func (m metric) of(rounds []sample) spread {
+	var values []float64
+	for _, s := range rounds {
+		values = append(values, m(s))
 	}
-	return text
+	return spreadOf(values)
 }
 
-// verdict is the goal of a row, and whether its ratio reaches it.
-func (r *row) verdict(s spread) (goal, met string) {
-	sign, median, best := "≥", s.median >= r.limit, s.high >= r.limit
-	if r.atMost {
-		sign, median, best = "≤", s.median <= r.limit, s.low <= r.limit
+func (r *row) ratio() spread {
+	var ratios []float64
+	for i, s := range r.got {
+		ratios = append(ratios, r.metric(s)/r.metric(r.ref[i]))
+	}
+	return spreadOf(ratios)
+}
+
+// goal says what the ratio should be, and whether it is.
+func (r *row) goal(s spread) (text string, met bool) {
+	sign, best := "≥", s.high >= r.limit
+	if met = s.median >= r.limit || r.limit == 0; r.atMost {
+		sign, met, best = "≤", s.median <= r.limit, s.low <= r.limit
 	}
 	switch {
-	case r.limit == 0:
-		return "", "" // only told
-	case median:
-		met = "yes"
+	case r.limit == 0: // it is only told
+	case met:
+		text = fmt.Sprintf("%s %g: yes", sign, r.limit)
 	case best:
-		met = "in some rounds"
+		text = fmt.Sprintf("%s %g: in some rounds", sign, r.limit)
 	default:
-		met = "no"
+		text = fmt.Sprintf("%s %g: no", sign, r.limit)
 	}
-	return fmt.Sprint(sign, " ", r.limit), met
+	return text, met
+}
+
+func describe(rounds []sample) string {
+	text := fmt.Sprintf("%.0f, %.2f, %.2f", metric(rate).of(rounds).median, metric(p50).of(rounds).median, metric(p99).of(rounds).median)
+	return strings.TrimSuffix(text, ", 0.00, 0.00")
+}
+
+// figure shows how rates change along one axis.
+type figure struct {
+	title  string
+	x      []int
+	lines  []string
+	rounds map[point][]sample
+}
+
+type point struct {
+	line string
+	x    int
+}
+
+func (b *bench) figure(title string) *figure {
+	f := &figure{title: title, rounds: map[point][]sample{}}
+	b.figures = append(b.figures, f)
+	return f
+}
+
+// add adds a round to a point, and the point with its first.
+func (f *figure) add(line string, x int, s sample) {
+	if !slices.Contains(f.lines, line) {
+		f.lines = append(f.lines, line)
+	}
+	if !slices.Contains(f.x, x) {
+		f.x = append(f.x, x)
+	}
+	f.rounds[point{line, x}] = append(f.rounds[point{line, x}], s)
 }
 
 // report is all that was measured, as Markdown.
@@ -228,47 +249,88 @@ func (b *bench) report(took time.Duration) string {
 	cpu, _, _ = strings.Cut(cpu, "\n")
 	add(&text, "Measured on %s with %s, on %d cores (%s) that the load shares, in %.0f s.%s\n",
 		time.Now().UTC().Format(time.DateOnly), runtime.Version(), runtime.NumCPU(), cpu, took.Seconds(), b.memo)
-	add(&text, "| what | requests/s, p50, p99 ms | compared with | requests/s, p50, p99 ms | ratio | spread | goal | met |\n|---|---|---|---|---|---|---|---|")
+	add(&text, "| what | requests/s, p50, p99 ms | compared with | requests/s, p50, p99 ms | ratio | spread | goal |\n|---|---|---|---|---|---|---|")
 	add(&used, "| µs a request | client | service | Postgres | Redis | NATS | ClickHouse | idle, others | in all |\n|---|---|---|---|---|---|---|---|---|")
 	for _, r := range b.rows {
-		ratio := spreadOf(r.got, func(i int, got sample) float64 { return r.compare(got, r.ref[i]) })
-		goal, met := r.verdict(ratio)
-		add(&text, "| %s | %s | %s | %s | %.2f | %.2f to %.2f | %s | %s |",
-			r.what, describe(r.got), r.with, describe(r.ref), ratio.median, ratio.low, ratio.high, goal, met)
-		if r.because != "" {
-			add(&reasons, "- **%s**: %s.", r.what, r.because)
+		ratio := r.ratio()
+		goal, met := r.goal(ratio)
+		add(&text, "| %s | %s | %s | %s | %.2f | %.2f to %.2f | %s |", r.what, describe(r.got), r.with, describe(r.ref), ratio.median, ratio.low, ratio.high, goal)
+		if r.because != "" || !met {
+			add(&reasons, "- **%s**: %s.", r.what, cmp.Or(r.because, "as above"))
 		}
-		if met == "no" || met == "in some rounds" {
-			add(&reasons, "  The goal is missed: %s.", r.short)
+		if !met {
+			add(&reasons, "  Goal missed: %s.", r.short)
 		}
-		if r.with != theBuildBefore {
-			add(&used, "| %s | %s", r.what, usedBy(r.got))
-			if line := "| " + r.with + " | " + usedBy(r.ref); r.because != "" {
-				add(&used, "%s", line)
-			}
+		if r.with == theBuildBefore {
+			continue
+		}
+		add(&used, "| %s%s", r.what, usedBy(r.got))
+		if line := r.with + usedBy(r.ref); !strings.Contains(used.String(), line) {
+			add(&used, "| … %s", line)
 		}
 	}
-	add(&text, "\nWhy this is compared:\n\n%s\nWhere the cores spend their time:\n\n%s", reasons.String(), used.String())
+	add(&text, "\nWhy these comparisons:\n\n%s\nWhere the cores spend their time (…: what the row above is compared with):\n\n%s", reasons.String(), used.String())
 	for _, f := range b.figures {
-		add(&text, "| %s | %s |\n|---%s|", f.title, strings.Join(f.x, " | "), strings.Repeat("|---", len(f.x)))
-		for _, l := range f.lines {
-			line := "| " + l.name
-			for _, rounds := range l.samples {
-				rate := spreadOf(rounds, rateOf)
-				line += fmt.Sprintf(" | %s (%.0f to %.0f)", describe(rounds), rate.low, rate.high)
+		add(&text, "| %s | %s |\n|---%s|", f.title, strings.Trim(strings.ReplaceAll(fmt.Sprint(f.x), " ", " | "), "[]"), strings.Repeat("|---", len(f.x)))
+		for _, line := range f.lines {
+			cells := ""
+			for _, x := range f.x {
+				rounds := f.rounds[point{line, x}]
+				s := metric(rate).of(rounds)
+				cells += fmt.Sprintf(" | %s (%.0f to %.0f)", describe(rounds), s.low, s.high)
 			}
-			add(&text, "%s |", line)
+			add(&text, "| %s%s |", line, cells)
 		}
 		add(&text, "")
 	}
-	return text.String()
+	return strings.TrimSuffix(text.String(), "\n")
 }
 
 func usedBy(rounds []sample) (line string) {
 	all := 0.0
 	for user := range len(work{}) {
-		used := spreadOf(rounds, func(_ int, s sample) float64 { return s.used[user] }).median
-		line, all = fmt.Sprintf("%s%.0f | ", line, used), all+used
+		used := metric(func(s sample) float64 { return s.used[user] }).of(rounds).median
+		line, all = fmt.Sprintf("%s | %.0f", line, used), all+used
 	}
-	return fmt.Sprintf("%s%.0f |", line, all)
+	return fmt.Sprintf("%s | %.0f |", line, all)
+}
+
+// plot draws figures side by side as SVG, rates on a logarithmic scale from 100
+// to 100,000, in colours that can be read on white and on black. A bar at each
+// median spans the rounds.
+func plot(figures []*figure) string {
+	const width, height, left, right, top, bottom = 290.0, 300.0, 52.0, 18.0, 34.0, 52.0
+	colours := []string{"#2f81f7", "#d97706", "#2da44e", "#a371f7"}
+	y := func(rate float64) float64 {
+		return top + (height-top-bottom)*(5-math.Log10(max(rate, 100)))/3
+	}
+	var svg strings.Builder
+	draw := func(format string, args ...any) { fmt.Fprintf(&svg, format+"\n", args...) }
+	draw(`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %.0f %.0f" font-family="sans-serif" font-size="11" fill="#7d8590">`, width*float64(len(figures)), height)
+	for n, f := range figures {
+		from := width*float64(n) + left
+		step := (width - left - right) / float64(len(f.x)-1)
+		draw(`<text x="%.0f" y="16" font-size="13">requests a second, by %s</text>`, from, f.title)
+		for _, rate := range []float64{100, 1000, 10_000, 100_000} {
+			draw(`<text x="%.0f" y="%.1f" text-anchor="end">%.0f</text>`, from-8, y(rate)+4, rate)
+			draw(`<path d="M%.0f %.1fh%.1f" stroke="#7d8590" stroke-opacity=".4"/>`, from, y(rate), width-left-right)
+		}
+		for i, x := range f.x {
+			draw(`<text x="%.1f" y="%.0f" text-anchor="middle">%d</text>`, from+step*float64(i), height-bottom+16, x)
+		}
+		label := from
+		for c, line := range f.lines {
+			path := "M"
+			for i, x := range f.x {
+				s, at := metric(rate).of(f.rounds[point{line, x}]), from+step*float64(i)
+				path += fmt.Sprintf("%.1f %.1f ", at, y(s.median))
+				draw(`<path d="M%.1f %.1fV%.1f" stroke="%s" stroke-width="5" stroke-opacity=".4"/>`, at, y(s.low)+1, y(s.high)-1, colours[c])
+			}
+			draw(`<path d="%s" fill="none" stroke="%s" stroke-width="2"/>`, path, colours[c])
+			draw(`<text x="%.0f" y="%.0f" fill="%s">%s</text>`, label, height-12, colours[c], line)
+			label += 14 + 5.6*float64(len(line))
+		}
+	}
+	draw(`</svg>`)
+	return svg.String()
 }
