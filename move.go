@@ -9,7 +9,7 @@ import (
 
 // maxMove limits the goods that one move renumbers, so that it ends within a request's time, and those who create
 // meanwhile get theirs.
-const maxMove = 50_000
+const maxMove = 20_000
 
 // place is where a good stands.
 type place struct {
