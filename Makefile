@@ -13,7 +13,7 @@ MINUTES ?= 5
 FUZZTIME ?= 30s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-export VERSION := $(shell git describe --tags --dirty 2>/dev/null || echo dev)
+export VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 export REVISION := $(shell git rev-parse HEAD 2>/dev/null)
 
 # Whether to use Docker, as a shell condition. A daemon that hangs must not hang make, where there is timeout.
