@@ -141,6 +141,19 @@ func (l *Log) Lines(message string) []map[string]any {
 	return found
 }
 
+// AwaitLines waits for n lines with this message, and returns them. What the
+// service logs arrives a moment later than what it answers.
+func (a *App) AwaitLines(t testing.TB, message string, n int) (lines []map[string]any) {
+	t.Helper()
+	Eventually(t, 15*time.Second, func() error {
+		if lines = a.Log.Lines(message); len(lines) < n {
+			return fmt.Errorf("got %d lines %q in the log, want %d", len(lines), message, n)
+		}
+		return nil
+	})
+	return lines
+}
+
 // tail returns the last n lines, but for requests that went well.
 func (l *Log) tail(n int) string {
 	var lines []string

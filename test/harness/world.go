@@ -9,13 +9,17 @@ import (
 	"context"
 	"crypto/rand"
 	"database/sql"
+	"flag"
 	"fmt"
 	"maps"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
+	"runtime"
 	"runtime/debug"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -54,6 +58,11 @@ func Main(m *testing.M) {
 	build.Dir = root()
 	if out, err := build.CombinedOutput(); err != nil {
 		fatalf("go build: %v\n%s", err, out)
+	}
+	// Tests wait more than they compute.
+	flag.Parse()
+	if cores := strconv.Itoa(runtime.GOMAXPROCS(0)); flag.Lookup("test.parallel").Value.String() == cores {
+		_ = flag.Set("test.parallel", "8")
 	}
 	code := m.Run()
 	os.RemoveAll(dir)
@@ -190,6 +199,15 @@ func Must(t testing.TB, err error) {
 	}
 }
 
+// Equal fails the test unless got is want. The rest of the message says what
+// they are.
+func Equal[T any](t testing.TB, got, want T, format string, args ...any) {
+	t.Helper()
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("%s: got %+v, want %+v", fmt.Sprintf(format, args...), got, want)
+	}
+}
+
 // Exec runs statements on Postgres.
 func (w *World) Exec(t testing.TB, statements string) {
 	t.Helper()
@@ -218,14 +236,6 @@ func One[T any](t testing.TB, w *World, query string, args ...any) T {
 		t.Fatalf("%s: %v", query, err)
 	}
 	return v
-}
-
-// Logged counts the distinct events in ClickHouse.
-func (w *World) Logged(t testing.TB) int {
-	t.Helper()
-	var n uint64
-	Must(t, w.ClickHouse.QueryRow(context.Background(), "SELECT count() FROM goods_log FINAL").Scan(&n))
-	return int(n)
 }
 
 // Eventually polls f until it returns nil, and fails the test with its last
