@@ -1,5 +1,5 @@
-// Package faults breaks everything around the service, and the service, while
-// clients go on, and then holds every answer against what is stored.
+// Package faults breaks everything around the service, and the service, while clients go on, and then compares every
+// answer with what is stored.
 package faults
 
 import (
@@ -19,21 +19,27 @@ import (
 
 func TestMain(m *testing.M) { harness.Main(m) }
 
+const (
+	aWhile         = 2 * time.Second // the usual length of a fault
+	callWithin     = 5 * time.Second // every call, whatever happens to Postgres
+	recoversWithin = 5 * time.Second // until every call works, after a fault
+	moreGoroutines = 10              // than before the load
+	moreHeap       = 16 << 20        // bytes
+	lanesAtOnce    = 5
+)
+
 // fault is something that breaks under load.
 type fault struct {
 	name     string
-	breaks   string // the servers that it breaks: these are the test's own
-	through  string // the server that the service reaches through scene.proxy
-	twoHosts bool   // that server is also there without the proxy, as the second host of its URL
-	replicas int    // of the service; 0 is one
-
-	// during begins and ends the fault.
-	during func(t testing.TB, s *scene)
-
-	postgres bool          // is away: clients may see 503, and wait for up to callWithin
-	kills    bool          // the service: requests may stay unanswered
-	within   time.Duration // the slowest answer; 0 is a second
-	drains   time.Duration // until the queues are empty, after the load; 0 is 15 seconds
+	breaks   string                       // the servers that it breaks: these are the test's own
+	through  string                       // the server that the service reaches through scene.proxy
+	twoHosts bool                         // that server is also there directly, as the second host of its URL
+	replicas int                          // of the service; 0 is one
+	during   func(t testing.TB, s *scene) // begins and ends the fault
+	postgres bool                         // is away: clients may see 503, and wait for up to callWithin
+	kills    bool                         // the service: requests may stay unanswered
+	within   time.Duration                // the slowest answer; 0 is a second
+	notices  time.Duration                // the service that the fault has ended; 0 is recoversWithin
 }
 
 // scene is where a fault happens.
@@ -45,24 +51,17 @@ type scene struct {
 	load    *load
 }
 
-const (
-	callWithin     = 5 * time.Second // every call, whatever happens to Postgres
-	recoversWithin = 5 * time.Second // until every call works, after a fault
-	moreGoroutines = 10              // than before the load
-	moreHeap       = 16 << 20        // bytes
-	lanesAtOnce    = 5
-)
-
 // outcome is what a fault did, for the table in docs/faults.md.
 type outcome struct {
-	fault    string
-	requests int
-	good     int // of the requests: those with a 2xx
-	slowest  time.Duration
-	recovery time.Duration // from the end of the fault until everything works
-	drained  time.Duration // from the end of the load until the queues are empty
-	events   int
+	fault                      string
+	requests, good, events     int
+	slowest, recovery, drained time.Duration
 }
+
+const outcomeHead = `
+| fault | requests | 2xx | slowest answer | recovered after | queues empty after | events |
+|---|---:|---:|---:|---:|---:|---:|
+`
 
 func (o outcome) String() string {
 	share := fmt.Sprintf("%.1f %%", 100*float64(o.good)/float64(o.requests))
@@ -73,18 +72,14 @@ func (o outcome) String() string {
 		o.slowest.Seconds(), o.recovery.Seconds(), o.drained.Seconds(), o.events)
 }
 
-const outcomeHead = `| fault | requests | 2xx | slowest answer | recovered after | queues empty after | events |
-|---|---:|---:|---:|---:|---:|---:|
-`
-
-// run lets the fault happen under load, and checks what clients saw, what came
-// of every write, and that the service is then as it was.
+// run lets the fault happen under load, and checks what clients saw, what came of every write, and that the service is
+// then as it was.
 func (f fault) run(t testing.TB, own *harness.Servers) outcome {
 	t.Helper()
 	s := f.scene(t, own)
 	first := s.apps[0]
 	before := vitalsOf(t, first)
-	s.load = startLoad(t, s.World, s.apps...)
+	s.load = startLoad(t, s.World, s.apps)
 	harness.Eventually(t, 10*time.Second, func() error { return s.load.works(time.Time{}) })
 
 	begin := time.Now()
@@ -92,7 +87,8 @@ func (f fault) run(t testing.TB, own *harness.Servers) outcome {
 	end := time.Now()
 
 	o := outcome{fault: f.name}
-	harness.Eventually(t, 2*recoversWithin, func() error {
+	limit := max(f.notices, recoversWithin)
+	harness.Eventually(t, limit, func() error {
 		for _, a := range s.apps {
 			if err := a.Ready(); err != nil {
 				o.recovery = time.Since(end)
@@ -105,25 +101,27 @@ func (f fault) run(t testing.TB, own *harness.Servers) outcome {
 	harness.Eventually(t, 2*recoversWithin, func() error {
 		for _, a := range s.load.since(end) {
 			if !good(a.status) {
-				failed = a.begin
-				o.recovery = max(o.recovery, a.begin.Add(a.took).Sub(end))
+				failed, o.recovery = a.begin, max(o.recovery, a.end.Sub(end))
 			}
 		}
 		return s.load.works(failed)
 	})
-	if o.recovery > recoversWithin {
-		t.Errorf("everything worked again after %v, want %v", o.recovery, recoversWithin)
+	if o.recovery > limit {
+		t.Errorf("everything worked again after %v, want %v", o.recovery, limit)
 	}
 	s.load.stop()
 	stopped := time.Now()
 
-	for _, a := range s.load.since(begin) {
+	for _, a := range s.load.answers {
+		if a.end.Before(begin) {
+			continue
+		}
 		o.requests++
-		o.slowest = max(o.slowest, a.took)
+		o.slowest = max(o.slowest, a.end.Sub(a.begin))
 		if good(a.status) {
 			o.good++
 		} else if !(a.status == 503 && f.postgres || a.status == unanswered && f.kills) {
-			t.Errorf("%s after %v: got %d after %v", a.call, a.begin.Sub(begin), a.status, a.took)
+			t.Errorf("%s after %v: got %d after %v", a.call, a.begin.Sub(begin), a.status, a.end.Sub(a.begin))
 		}
 	}
 	most := max(f.within, time.Second)
@@ -135,19 +133,23 @@ func (f fault) run(t testing.TB, own *harness.Servers) outcome {
 	}
 	s.DB.SetMaxIdleConns(0) // none may be left over from a server that has gone
 	s.DB.SetMaxIdleConns(2)
-	harness.Eventually(t, max(f.drains, 15*time.Second), func() error {
+	harness.Eventually(t, time.Minute, func() error {
 		if n := harness.One[int](t, s.World, `SELECT count(*) FROM outbox`); n > 0 {
 			return fmt.Errorf("%d events are still in the outbox", n)
 		}
 		return nil
 	})
 	o.drained = time.Since(stopped)
-	o.events = s.Settled(t, time.Second)
-	s.load.verify(t)
+	o.events = s.Settled(t, 0)
+	s.load.verify(t, s.World)
 	if s.apps[0] == first {
-		harness.Client.CloseIdleConnections()
 		harness.Eventually(t, 10*time.Second, func() error {
-			if after := vitalsOf(t, first); after.goroutines > before.goroutines+moreGoroutines || after.heap > before.heap+moreHeap {
+			harness.Client.CloseIdleConnections()
+			var after vitals
+			for range 50 { // so that there is garbage, and its collection
+				after = vitalsOf(t, first)
+			}
+			if after.goroutines > before.goroutines+moreGoroutines || after.heap > before.heap+moreHeap {
 				return fmt.Errorf("the service has not come back to what it was: %+v, before the load %+v", after, before)
 			}
 			return nil
@@ -169,14 +171,10 @@ func (f fault) scene(t testing.TB, own *harness.Servers) *scene {
 	s.Env["GOGC"] = "50"         // so that garbage does not pass for a leak
 	if f.through != "" {
 		name := strings.ToUpper(f.through) + "_URL"
-		direct, err := url.Parse(s.Env[name])
-		harness.Must(t, err)
+		direct, _ := url.Parse(s.Env[name])
 		s.proxy = s.NewProxy(t, name)
-		if f.twoHosts {
-			u, err := url.Parse(s.Env[name])
-			harness.Must(t, err)
-			u.Host += "," + direct.Host
-			s.Env[name] = u.String()
+		if u, _ := url.Parse(s.Env[name]); f.twoHosts {
+			s.Env[name] += "&host=" + u.Hostname() + "," + direct.Hostname() + "&port=" + u.Port() + "," + direct.Port()
 		}
 	}
 	for range max(1, f.replicas) {
@@ -189,17 +187,13 @@ func (f fault) scene(t testing.TB, own *harness.Servers) *scene {
 }
 
 // vitals are what must not grow.
-type vitals struct{ goroutines, heap int }
+type vitals struct{ goroutines, heap float64 }
 
 func vitalsOf(t testing.TB, a *harness.App) (v vitals) {
 	t.Helper()
-	metrics := a.Call(t, "GET", "/metrics", "").Body
-	for name, field := range map[string]*int{"go_goroutines": &v.goroutines, "go_memstats_heap_alloc_bytes": &v.heap} {
-		_, rest, _ := strings.Cut(metrics, "\n"+name+" ")
-		value, _, _ := strings.Cut(rest, "\n")
-		n, err := strconv.ParseFloat(value, 64)
-		harness.Must(t, err)
-		*field = int(n)
+	for line := range strings.Lines(a.Call(t, "GET", "/metrics", "").Body) {
+		_, _ = fmt.Sscanf(line, "go_goroutines %g", &v.goroutines)
+		_, _ = fmt.Sscanf(line, "go_memstats_heap_alloc_bytes %g", &v.heap)
 	}
 	return v
 }
@@ -207,9 +201,16 @@ func vitalsOf(t testing.TB, a *harness.App) (v vitals) {
 // last is how long a fault lasts.
 func (s *scene) last(d time.Duration) { <-time.After(d) }
 
-// restart replaces a replica that has ended.
+// sh runs a command of servers.sh on the test's own servers.
+func (s *scene) sh(t testing.TB, command string, names ...string) {
+	t.Helper()
+	s.servers.Sh(t, append([]string{command}, names...)...)
+}
+
+// restart replaces a replica that has ended, or kills it first.
 func (s *scene) restart(t testing.TB, i int) {
 	t.Helper()
+	_ = s.apps[i].Process.Kill() // it may have ended
 	s.apps[i] = s.Start(t)
 	s.load.aim(s.apps...)
 }
@@ -230,27 +231,23 @@ func (l lane) breaks() []string {
 	return slices.Compact(names)
 }
 
-// TestFaults runs every fault, or faults at random for the MINUTES that the
-// environment says.
+// TestFaults runs every fault, or faults at random for the MINUTES that the environment says.
 func TestFaults(t *testing.T) {
-	if text := os.Getenv("MINUTES"); text != "" {
-		minutes, err := strconv.Atoi(text)
-		harness.Must(t, err)
+	if minutes, err := strconv.Atoi(os.Getenv("MINUTES")); err == nil {
 		soak(t, time.Duration(minutes)*time.Minute)
 		return
 	}
-	var starting, writing sync.Mutex // servers look for free ports
+	var starting, writing sync.Mutex // while servers look for free ports, one set at a time
 	outcomes := map[string]outcome{}
 	slots := make(chan struct{}, lanesAtOnce)
 	harness.Together(len(lanes), func(i int) {
-		l := lanes[i]
 		slots <- struct{}{}
 		defer func() { <-slots }()
-		t.Run(l.name, func(t *testing.T) {
+		t.Run(lanes[i].name, func(t *testing.T) {
 			starting.Lock()
-			own := harness.NewServers(t, l.breaks()...)
+			own := harness.NewServers(t, lanes[i].breaks()...)
 			starting.Unlock()
-			for _, f := range l.faults {
+			for _, f := range lanes[i].faults {
 				t.Run(f.name, func(t *testing.T) {
 					o := f.run(t, own)
 					writing.Lock()
@@ -260,37 +257,30 @@ func TestFaults(t *testing.T) {
 			}
 		})
 	})
-	var table strings.Builder
+	table := outcomeHead
 	for _, l := range lanes {
 		for _, f := range l.faults {
 			if o, ok := outcomes[f.name]; ok {
-				fmt.Fprintln(&table, o)
+				table += o.String() + "\n"
 			}
 		}
 	}
-	t.Logf("\n%s%s", outcomeHead, table.String())
+	t.Log(table)
 }
 
 // soak repeats faults at random, and sums up what they did.
 func soak(t *testing.T, lasts time.Duration) {
 	own := harness.NewServers(t, "postgres", "redis", "nats", "clickhouse")
-	var faults []fault
-	for _, l := range lanes {
-		faults = append(faults, l.faults...)
-	}
-	total, runs := outcome{requests: 0}, 0
+	total, runs := outcome{}, 0
 	for begin := time.Now(); time.Since(begin) < lasts && !t.Failed(); runs++ {
-		f := faults[rand.N(len(faults))]
+		l := lanes[rand.N(len(lanes))]
+		f := l.faults[rand.N(len(l.faults))]
 		t.Run(f.name, func(t *testing.T) {
 			o := f.run(t, own)
-			total.good += o.good
-			total.requests += o.requests
-			total.events += o.events
-			total.slowest = max(total.slowest, o.slowest)
-			total.recovery = max(total.recovery, o.recovery)
-			total.drained = max(total.drained, o.drained)
+			total = outcome{"", total.requests + o.requests, total.good + o.good, total.events + o.events,
+				max(total.slowest, o.slowest), max(total.recovery, o.recovery), max(total.drained, o.drained)}
 		})
 	}
 	total.fault = fmt.Sprintf("%d faults, the longest times", runs)
-	t.Logf("\n%s%s", outcomeHead, total)
+	t.Log(outcomeHead + total.String())
 }

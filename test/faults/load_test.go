@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
-	"net/http"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -18,18 +17,14 @@ import (
 const (
 	workers    = 16
 	region     = 5                      // places of a worker's own, where it moves goods around
-	pace       = 150 * time.Millisecond // between two writes of a worker
-	lingers    = 10 * time.Second       // that a write may still be done after a bad answer
+	pace       = 200 * time.Millisecond // between two writes of a worker
 	unanswered = 0                      // the status of a request without an answer
 )
 
-// load is clients that create, update, move, remove and list without end, and
-// keep every answer. Each worker has goods of its own, so it knows what a list
-// must show of them: the last answered write, or after a write without a good
-// answer either what was before or the whole of what was asked for. A create
-// is repeated with its key until it is answered.
+// load is clients that create, update, move, remove and list without end, and keep every answer. Each worker has goods
+// of its own, so it knows what a list must show of them. A create is repeated with its key until it is answered. Any
+// other write that gets a bad answer may be done or not, now or somewhat later: its good is not written again.
 type load struct {
-	w    *harness.World
 	apps atomic.Pointer[[]*harness.App] // that a balancer would choose from
 	stop func()                         // ends it, and waits for the last answer
 
@@ -39,38 +34,29 @@ type load struct {
 	mu      sync.Mutex
 	answers []answer
 	wrong   []string       // what no history of the service explains
-	writes  []harness.Good // answered writes that the log must have; zero fields are not compared
 	keys    map[string]int // of creates: the ids that they were answered with
 	workers []*worker      // not guarded: each is its own goroutine's until stop
 }
 
 // answer is what one request came to.
 type answer struct {
-	call   string
-	status int
-	begin  time.Time
-	took   time.Duration
+	call       string
+	status     int
+	begin, end time.Time
 }
 
-func good(status int) bool { return status >= 200 && status <= 299 }
+func good(status int) bool { return status == 200 || status == 201 }
 
-// content is what a client can change of a good, but for its place.
-type content struct {
-	name, description string
-	removed           bool
+// state is what a client can change of a good, but for its place. The text is its name, and its description.
+type state struct {
+	text    string
+	removed bool
 }
 
 // owned is a good of one worker, and the states that it may be in.
 type owned struct {
-	id       int
-	priority int // 0: somewhere in the worker's region
-	states   []content
-}
-
-// move puts a good at an index of the region.
-type move struct {
-	id, to int
-	ended  time.Time
+	id, priority int // priority 0: somewhere in the worker's region
+	states       []state
 }
 
 type worker struct {
@@ -78,7 +64,6 @@ type worker struct {
 	number int
 	place  int            // the first of its region
 	orders [][]int        // the orders that its region may be in
-	late   []move         // without a good answer: they may still happen
 	goods  map[int]*owned // all of them
 	active []*owned       // those that it still writes
 	texts  int
@@ -88,35 +73,24 @@ type worker struct {
 type place struct{ ID, Priority int }
 
 // startLoad begins the load on a service that has no goods yet.
-func startLoad(t testing.TB, w *harness.World, apps ...*harness.App) *load {
+func startLoad(t testing.TB, w *harness.World, apps []*harness.App) *load {
 	t.Helper()
-	l := &load{w: w, keys: map[string]int{}}
+	l := &load{keys: map[string]int{}}
 	l.aim(apps...)
-	for i := range workers {
-		l.workers = append(l.workers, &worker{load: l, number: i, place: i*region + 1, orders: [][]int{make([]int, region)}, goods: map[int]*owned{}})
-	}
-	rows, err := w.DB.Query(`
-INSERT INTO goods (project_id, name, description)
-SELECT 1, 'seed-' || n, 'seed-' || n
-FROM generate_series(1, $1::integer) AS n
-RETURNING id, priority, name`, workers*region)
-	harness.Must(t, err)
-	defer rows.Close()
-	for rows.Next() {
-		var id, priority int
-		var name string
-		harness.Must(t, rows.Scan(&id, &priority, &name))
-		w := l.workers[(priority-1)/region]
-		w.orders[0][(priority-1)%region] = id
-		w.own(&owned{id: id, states: []content{{name, name, false}}})
-	}
-	harness.Must(t, rows.Err())
+	w.Exec(t, fmt.Sprintf(`INSERT INTO goods (project_id, name, description) SELECT 1, n, n FROM generate_series(1, %d) AS n`, workers*region))
 	l.asked.Store(workers * region)
 	l.created.Store(workers * region)
-
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
-	for _, w := range l.workers {
+	for i := range workers {
+		w := &worker{load: l, number: i, place: i*region + 1, goods: map[int]*owned{}}
+		var order []int
+		for _, g := range apps[0].List(t, region, w.place).Goods {
+			w.own(&owned{id: g.ID, states: []state{{text: g.Name}}})
+			order = append(order, g.ID)
+		}
+		w.orders = [][]int{order}
+		l.workers = append(l.workers, w)
 		running.Go(func() { w.run(ctx) })
 	}
 	l.stop = sync.OnceFunc(func() {
@@ -139,61 +113,46 @@ func (l *load) wrongf(format string, args ...any) {
 	l.wrong = append(l.wrong, fmt.Sprintf(format, args...))
 }
 
-func (l *load) note(g harness.Good) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.writes = append(l.writes, g)
-}
-
-// call sends a request to any replica, and returns the status. Only after a
-// 2xx is it known what became of the request, and the reply decoded into v.
+// call sends a request to any replica, and returns the status. A 2xx is decoded into v.
 func (l *load) call(name, method, path, body string, v any, header ...string) int {
 	apps := *l.apps.Load()
 	begin := time.Now()
 	r, _ := apps[rand.N(len(apps))].Try(method, path, body, header...) // an error leaves the status 0: unanswered
-	a := answer{name, r.Status, begin, time.Since(begin)}
 	l.mu.Lock()
-	l.answers = append(l.answers, a)
+	l.answers = append(l.answers, answer{name, r.Status, begin, time.Now()})
 	l.mu.Unlock()
-	if a.status >= 400 && a.status <= 499 {
+	if r.Status >= 400 && r.Status <= 499 {
 		l.wrongf("%s %s %s: got %d %s", method, path, body, r.Status, r.Body)
+	} else if err := json.Unmarshal([]byte(r.Body), v); err != nil && good(r.Status) {
+		l.wrongf("%s %s %s: %v in %s", method, path, body, err, r.Body)
 	}
-	if good(a.status) {
-		if err := json.Unmarshal([]byte(r.Body), v); err != nil {
-			l.wrongf("%s %s %s: %v in %s", method, path, body, err, r.Body)
-		}
-	}
-	return a.status
+	return r.Status
 }
 
-// once creates the good with this key, which is its text, too. It repeats the
-// request until that is answered.
-func (l *load) once(key string) (g harness.Good, status, tries int) {
-	body := fmt.Sprintf(`{"name":%q,"description":%q}`, key, key)
+func text(s string) string { return fmt.Sprintf(`{"name":%q,"description":%[1]q}`, s) }
+
+// create makes the good with this key, which is its text, too. It repeats the request until that is answered.
+func (l *load) create(key string) (g harness.Good, status, tries int) {
 	for begin := time.Now(); !good(status); tries++ {
 		if tries > 0 {
-			<-time.After(pace / 3)
+			<-time.After(pace / 4)
 		}
 		if time.Since(begin) > time.Minute {
 			l.wrongf("create of %s was not answered in a minute", key)
 			return g, status, tries
 		}
 		// In lower case, because net/http would know the name, and repeat by itself.
-		status = l.call("create", "POST", "/goods/create?projectId=1", body, &g, "idempotency-key: "+key)
+		status = l.call("create", "POST", "/goods/create?projectId=1", text(key), &g, "idempotency-key: "+key)
 	}
 	l.mu.Lock()
-	id, known := l.keys[key]
+	id := l.keys[key]
 	l.keys[key] = g.ID
 	l.mu.Unlock()
-	if known && id != g.ID {
-		l.wrongf("create of %s made goods %d and %d", key, id, g.ID)
-	}
-	if g.Name != key || g.Description != key || g.Removed {
-		l.wrongf("create of %s: got %+v", key, g)
-	}
-	if !known {
+	if id == 0 {
 		l.created.Add(1)
-		l.note(harness.Good{ID: g.ID, Name: key, Description: key, Priority: g.Priority})
+	}
+	if id != 0 && id != g.ID || g.Name != key || g.Description != key || g.Removed {
+		l.wrongf("create of %s: got %+v, before that good %d", key, g, id)
 	}
 	return g, status, tries
 }
@@ -208,145 +167,96 @@ func (w *worker) run(ctx context.Context) {
 		case <-tick.C:
 		}
 		w.texts++
-		switch n := rand.N(10); {
+		text := fmt.Sprintf("w%d-%d", w.number, w.texts) // that nothing else has
+		n, i := rand.N(10), rand.N(max(1, len(w.active)))
+		switch {
 		case n < 3 || len(w.active) == 0:
-			w.create()
+			w.make(text)
 		case n < 6:
-			w.update()
-		case n < 8:
+			w.update(i, text)
+		case n < 8 && len(w.orders) == 1:
 			w.move()
-		case n < 9:
-			w.remove()
+		case n < 9 && w.active[i].priority > 0: // a removed good could not be moved any more
+			w.remove(i)
 		default:
 			w.list(1, 1000)
 		}
 	}
 }
 
-// text is a name, and a description, that nothing else has.
-func (w *worker) text() string { return fmt.Sprintf("w%d-%d", w.number, w.texts) }
-
 func (w *worker) own(o *owned) {
 	w.goods[o.id] = o
 	w.active = append(w.active, o)
 }
 
-func (w *worker) create() {
-	text := w.text()
+func (w *worker) make(text string) {
 	w.asked.Add(1)
-	g, status, tries := w.once(text)
+	g, status, tries := w.create(text)
 	if !good(status) {
 		return
 	}
-	if tries == 1 && status != http.StatusCreated {
+	if tries == 1 && status != 201 {
 		w.wrongf("the first create of %s: got %d", text, status)
 	}
 	if rand.N(4) == 0 {
-		if _, status, _ := w.once(text); status != http.StatusOK {
+		if _, status, _ := w.create(text); status != 200 {
 			w.wrongf("create of %s, repeated: got %d", text, status)
 		}
 	}
-	o := &owned{id: g.ID, priority: g.Priority, states: []content{{text, text, false}}}
+	o := &owned{id: g.ID, priority: g.Priority, states: []state{{text: text}}}
 	w.own(o)
 	w.look(o)
 }
 
-// update leaves a good alone for good when the answer is bad: it may be late.
-func (w *worker) update() {
-	i := rand.N(len(w.active))
-	o, text := w.active[i], w.text()
-	wanted := content{text, text, false}
-	var g harness.Good
-	if !good(w.call("update", "PATCH", fmt.Sprintf("/goods/update?id=%d&projectId=1", o.id), fmt.Sprintf(`{"name":%q,"description":%q}`, text, text), &g)) {
-		o.states = append(o.states, wanted)
+// wrote notes what a write of a good came to.
+func (w *worker) wrote(i, status int, wanted state) {
+	o := w.active[i]
+	if good(status) {
+		o.states = nil
+	}
+	o.states = append(o.states, wanted)
+	if !good(status) || wanted.removed {
 		w.active = slices.Delete(w.active, i, i+1)
-		return
 	}
-	w.note(harness.Good{ID: o.id, Name: g.Name, Description: g.Description, Priority: g.Priority})
-	if (content{g.Name, g.Description, g.Removed}) != wanted {
-		w.wrongf("update of good %d to %s: got %+v", o.id, text, g)
-	}
-	o.states = []content{wanted}
 	w.look(o)
 }
 
-func (w *worker) remove() {
-	i := rand.N(len(w.active))
-	o := w.active[i]
-	if o.priority == 0 {
-		w.list(1, 1000) // a removed good could not be moved any more
-		return
+func (w *worker) update(i int, to string) {
+	var g harness.Good
+	status := w.call("update", "PATCH", fmt.Sprintf("/goods/update?id=%d&projectId=1", w.active[i].id), text(to), &g)
+	if good(status) && (g.Name != to || g.Description != to || g.Removed) {
+		w.wrongf("update of good %d to %s: got %+v", w.active[i].id, to, g)
 	}
-	w.active = slices.Delete(w.active, i, i+1)
+	w.wrote(i, status, state{text: to})
+}
+
+func (w *worker) remove(i int) {
 	w.leaving.Add(1)
-	gone := o.states[0]
-	gone.removed = true
-	if !good(w.call("remove", "DELETE", fmt.Sprintf("/goods/remove?id=%d&projectId=1", o.id), "", &struct{}{})) {
-		o.states = append(o.states, gone)
-		return
+	status := w.call("remove", "DELETE", fmt.Sprintf("/goods/remove?id=%d&projectId=1", w.active[i].id), "", &struct{}{})
+	if good(status) {
+		w.removed.Add(1)
 	}
-	w.removed.Add(1)
-	w.note(harness.Good{ID: o.id, Removed: true})
-	o.states = []content{gone}
-	w.look(o)
+	w.wrote(i, status, state{w.active[i].states[0].text, true})
 }
 
 // move moves a good within the worker's region.
 func (w *worker) move() {
-	m := move{id: w.orders[0][rand.N(region)], to: rand.N(region)}
+	before, from, to := w.orders[0], rand.N(region), rand.N(region)
+	after := slices.Insert(slices.Delete(slices.Clone(before), from, from+1), to, before[from])
 	var reply struct{ Priorities []place }
-	status := w.call("reprioritize", "PATCH", fmt.Sprintf("/goods/reprioritize?id=%d&projectId=1", m.id), fmt.Sprintf(`{"newPriority":%d}`, w.place+m.to), &reply)
-	if m.ended = time.Now(); !good(status) {
-		w.late = append(w.late, m)
-		w.stand(w.orders)
-		return
-	}
-	var after [][]int
-	for _, order := range w.orders {
-		moved, places := m.apply(order, w.place)
-		if slices.Equal(places, reply.Priorities) {
-			after = append(after, moved)
+	status := w.call("reprioritize", "PATCH", fmt.Sprintf("/goods/reprioritize?id=%d&projectId=1", before[from]), fmt.Sprintf(`{"newPriority":%d}`, w.place+to), &reply)
+	w.orders = append(w.orders, after)
+	if good(status) {
+		w.orders = [][]int{after}
+		var places []place
+		for i := min(from, to); i <= max(from, to); i++ {
+			places = append(places, place{after[i], w.place + i})
+		}
+		if !slices.Equal(places, reply.Priorities) {
+			w.wrongf("move of good %d to %d: got %v, want %v", before[from], w.place+to, reply.Priorities, places)
 		}
 	}
-	if after == nil {
-		w.wrongf("move of good %d to %d: got %v, the order was %v", m.id, w.place+m.to, reply.Priorities, w.orders)
-		after = w.orders
-	}
-	w.stand(after)
-	if len(reply.Priorities) > 1 {
-		for _, p := range reply.Priorities {
-			w.note(harness.Good{ID: p.ID, Priority: p.Priority})
-		}
-	}
-	w.look(w.goods[m.id])
-}
-
-// apply returns the order after m, and the places that have changed.
-func (m move) apply(order []int, first int) (moved []int, places []place) {
-	from := slices.Index(order, m.id)
-	moved = slices.Insert(slices.Delete(slices.Clone(order), from, from+1), m.to, m.id)
-	for i := min(from, m.to); i <= max(from, m.to); i++ {
-		places = append(places, place{moved[i], first + i})
-	}
-	return moved, places
-}
-
-// stand notes the orders that the region may be in, and what late moves may
-// still make of them.
-func (w *worker) stand(orders [][]int) {
-	w.late = slices.DeleteFunc(w.late, func(m move) bool { return time.Since(m.ended) > lingers })
-	w.orders = orders
-	for i := 0; i < len(w.orders); i++ {
-		for _, m := range w.late {
-			if moved, _ := m.apply(w.orders[i], w.place); !w.possible(moved) {
-				w.orders = append(w.orders, moved)
-			}
-		}
-	}
-}
-
-func (w *worker) possible(order []int) bool {
-	return slices.ContainsFunc(w.orders, func(o []int) bool { return slices.Equal(o, order) })
+	w.list(w.place, region)
 }
 
 // look reads a good that has just been written, by its place.
@@ -358,51 +268,41 @@ func (w *worker) look(o *owned) {
 	}
 }
 
-// list reads a page. It must be one moment of the list, from after it was
-// asked for.
+// list reads a page, which must be one moment of the whole list, after it was asked for.
 func (w *worker) list(offset, limit int) {
 	created, removed := w.created.Load(), w.removed.Load()
 	var page harness.ListReply
 	if !good(w.call("list", "GET", fmt.Sprintf("/goods/list?offset=%d&limit=%d", offset, limit), "", &page)) {
 		return
 	}
-	m, asked, leaving := page.Meta, w.asked.Load(), w.leaving.Load()
-	if int64(m.Total) < created || int64(m.Total) > asked || int64(m.Removed) < removed || int64(m.Removed) > leaving {
-		w.wrongf("a list says %+v after %d to %d creates and %d to %d removes", m, created, asked, removed, leaving)
-	}
-	if want := max(0, min(limit, m.Total-offset+1)); len(page.Goods) != want {
-		w.wrongf("a list of %d has %d goods, and says %+v", want, len(page.Goods), m)
-	}
-	gone := 0
+	m, asked, leaving, gone := page.Meta, w.asked.Load(), w.leaving.Load(), 0
 	for _, g := range page.Goods {
 		if g.Removed {
 			gone++
 		}
 	}
-	if len(page.Goods) == m.Total && gone != m.Removed {
-		w.wrongf("a list of everything has %d removed goods, and says %+v", gone, m)
+	if int64(m.Total) < created || int64(m.Total) > asked || int64(m.Removed) < removed || int64(m.Removed) > leaving {
+		w.wrongf("a list says %+v after %d to %d creates and %d to %d removes", m, created, asked, removed, leaving)
+	}
+	if len(page.Goods) != max(0, min(limit, m.Total-offset+1)) || len(page.Goods) == m.Total && gone != m.Removed {
+		w.wrongf("a list has %d goods, of them %d removed, and says %+v", len(page.Goods), gone, m)
 	}
 	w.check(page.Goods, offset)
 }
 
-// check compares what stands at the places from first on with what this
-// worker knows.
+// check compares what stands at the places from first on with what this worker knows.
 func (w *worker) check(goods []harness.Good, first int) {
 	var order []int
 	for i, g := range goods {
-		at := first + i
-		if g.Priority != at {
-			w.wrongf("priority %d stands at place %d: %+v", g.Priority, at, g)
+		if g.Priority != first+i || g.Name != g.Description {
+			w.wrongf("at place %d stands %+v", first+i, g)
 		}
 		o := w.goods[g.ID]
 		if o == nil {
-			if at >= w.place && at < w.place+region {
-				w.wrongf("good %d stands in the region of worker %d", g.ID, w.number)
-			}
 			continue
 		}
-		if c := (content{g.Name, g.Description, g.Removed}); !slices.Contains(o.states, c) {
-			w.wrongf("good %d shows %v, possible are %v", g.ID, c, o.states)
+		if s := (state{g.Name, g.Removed}); !slices.Contains(o.states, s) {
+			w.wrongf("good %d shows %v, possible are %v", g.ID, s, o.states)
 		}
 		if o.priority == 0 {
 			order = append(order, g.ID)
@@ -410,11 +310,7 @@ func (w *worker) check(goods []harness.Good, first int) {
 			w.wrongf("good %d stands at %d, it was created at %d", g.ID, g.Priority, o.priority)
 		}
 	}
-	switch {
-	case len(order) == 0:
-	case w.possible(order):
-		w.stand([][]int{order})
-	default:
+	if len(order) > 0 && !slices.ContainsFunc(w.orders, func(o []int) bool { return slices.Equal(o, order) }) {
 		w.wrongf("the region of worker %d shows %v, possible are %v", w.number, order, w.orders)
 	}
 }
@@ -430,24 +326,20 @@ func (l *load) since(then time.Time) []answer {
 func (l *load) works(then time.Time) error {
 	seen := map[string]bool{}
 	for _, a := range l.since(then) {
-		if !good(a.status) {
+		if seen[a.call] = true; !good(a.status) {
 			return fmt.Errorf("%s got %d", a.call, a.status)
 		}
-		seen[a.call] = true
 	}
-	for _, call := range []string{"create", "update", "reprioritize", "remove", "list"} {
-		if !seen[call] {
-			return fmt.Errorf("no %s was answered", call)
-		}
+	if len(seen) < 5 {
+		return fmt.Errorf("only these calls were answered: %v", seen)
 	}
 	return nil
 }
 
-// verify compares every answer with what Postgres and ClickHouse hold now. The
-// load must have stopped, and the queues be empty.
-func (l *load) verify(t testing.TB) {
+// verify compares every answer with what Postgres holds now. The load must have stopped.
+func (l *load) verify(t testing.TB, w *harness.World) {
 	t.Helper()
-	rows, err := l.w.DB.Query(`SELECT id, name, description, priority, removed, coalesce(idempotency_key, '') FROM goods ORDER BY priority`)
+	rows, err := w.DB.Query(`SELECT id, name, description, priority, removed, coalesce(idempotency_key, '') FROM goods ORDER BY priority`)
 	harness.Must(t, err)
 	defer rows.Close()
 	var stored []harness.Good
@@ -457,9 +349,6 @@ func (l *load) verify(t testing.TB) {
 		var key string
 		harness.Must(t, rows.Scan(&g.ID, &g.Name, &g.Description, &g.Priority, &g.Removed, &key))
 		stored = append(stored, g)
-		if g.Name != g.Description {
-			l.wrongf("good %d was written in part: %+v", g.ID, g)
-		}
 		if key != "" {
 			keys[key] = g.ID
 		}
@@ -476,33 +365,10 @@ func (l *load) verify(t testing.TB) {
 	for _, w := range l.workers {
 		w.check(stored, 1)
 	}
-
-	logged := map[int][]harness.Good{}
-	events, err := l.w.ClickHouse.Query(context.Background(), `SELECT toInt64(Id), Name, Description, toInt64(Priority), Removed FROM goods_log FINAL`)
-	harness.Must(t, err)
-	defer events.Close()
-	for events.Next() {
-		var id, priority int64
-		var removed uint8
-		var g harness.Good
-		harness.Must(t, events.Scan(&id, &g.Name, &g.Description, &priority, &removed))
-		g.ID, g.Priority, g.Removed = int(id), int(priority), removed == 1
-		logged[g.ID] = append(logged[g.ID], g)
-	}
-	harness.Must(t, events.Err())
-	for _, g := range l.writes {
-		same := func(e harness.Good) bool {
-			return (g.Name == "" || g.Name == e.Name && g.Description == e.Description) && (g.Priority == 0 || g.Priority == e.Priority) && (e.Removed || !g.Removed)
-		}
-		if !slices.ContainsFunc(logged[g.ID], same) {
-			l.wrongf("answered, and not in the log: %+v", g)
-		}
-	}
-	for i, text := range l.wrong {
-		if i == 10 {
-			t.Errorf("and %d more like these", len(l.wrong)-i)
-			break
-		}
+	for _, text := range l.wrong[:min(10, len(l.wrong))] {
 		t.Error(text)
+	}
+	if n := len(l.wrong); n > 10 {
+		t.Errorf("and %d more like these", n-10)
 	}
 }

@@ -1,7 +1,6 @@
 package faults
 
 import (
-	"encoding/json"
 	"fmt"
 	"regexp"
 	"strconv"
@@ -12,53 +11,46 @@ import (
 	"goods/test/harness"
 )
 
-// TestMoveAcrossMany moves a good as far as it may go in one step, which must
-// be done within a call's time, and farther, which must be refused.
+// TestMoveAcrossMany moves a good as far as it may go in one step, which must be done within a call's time, and
+// farther, which must be refused.
 func TestMoveAcrossMany(t *testing.T) {
 	const goods = 60_000
-	w := harness.NewWorld(t)
-	w.Env["EVENTS_BATCH"] = "1000"
+	w := harness.NewWorld(t, "EVENTS_BATCH=1000")
 	a := w.Start(t)
 	w.Exec(t, fmt.Sprintf(`INSERT INTO goods (project_id, name, priority) SELECT 1, 'good', n FROM generate_series(1, %d) AS n`, goods))
 	first := a.List(t, 1, 1).Goods[0].ID
-	reprioritize := fmt.Sprintf("/goods/reprioritize?id=%d&projectId=1", first)
-
-	refused := harness.Want[struct {
-		Details map[string]string
-	}](t, a, 400, "PATCH", reprioritize, fmt.Sprintf(`{"newPriority":%d}`, goods))
-	found := regexp.MustCompile(`at most (\d+)`).FindStringSubmatch(refused.Details["newPriority"])
+	type reply struct {
+		Details    map[string]string
+		Priorities []place
+	}
+	move := func(status, to int) reply {
+		return harness.Want[reply](t, a, status, "PATCH", fmt.Sprintf("/goods/reprioritize?id=%d&projectId=1", first), fmt.Sprintf(`{"newPriority":%d}`, to))
+	}
+	details := move(400, goods).Details
+	found := regexp.MustCompile(`at most (\d+)`).FindStringSubmatch(details["newPriority"])
 	if found == nil {
-		t.Fatalf("a move across %d goods: details are %v, want newPriority with the limit", goods, refused.Details)
+		t.Fatalf("a move across %d goods: details are %v, want newPriority and the limit", goods, details)
 	}
 	most, err := strconv.Atoi(found[1])
 	harness.Must(t, err)
 
 	var moved atomic.Bool
-	harness.Together(4, func(i int) {
-		if i == 0 {
+	calls := []func(n int){
+		func(int) {
 			defer moved.Store(true)
+			if got := len(move(200, 1+most).Priorities); got != most+1 {
+				t.Errorf("a move across %d goods: got %d places", most, got)
+			}
+		},
+		func(n int) { a.Create(t, fmt.Sprint(n)) },
+		func(int) { a.List(t, 10, goods/2) },
+	}
+	harness.Together(len(calls), func(i int) {
+		for n := 0; n == 0 || !moved.Load(); n++ {
 			begin := time.Now()
-			r := a.Call(t, "PATCH", reprioritize, fmt.Sprintf(`{"newPriority":%d}`, 1+most))
-			var reply struct{ Priorities []place }
-			if err := json.Unmarshal([]byte(r.Body), &reply); r.Status != 200 || err != nil || len(reply.Priorities) != most+1 {
-				t.Errorf("a move across %d goods: got %d %.200s, %d places", most, r.Status, r.Body, len(reply.Priorities))
-			}
+			calls[i](n)
 			if took := time.Since(begin); took > callWithin {
-				t.Errorf("a move across %d goods took %v", most, took)
-			} else {
-				t.Logf("a move across %d goods took %v", most, took)
-			}
-			return
-		}
-		for n := 0; !moved.Load(); n++ {
-			begin := time.Now()
-			if i == 1 {
-				a.Create(t, fmt.Sprint("new ", n))
-			} else {
-				a.List(t, 10, goods/2)
-			}
-			if took := time.Since(begin); took > callWithin {
-				t.Errorf("client %d waited %v", i, took)
+				t.Errorf("%s took %v, want %v", []string{"the move", "a create", "a list"}[i], took, callWithin)
 			}
 		}
 	})
