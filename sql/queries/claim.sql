@@ -8,7 +8,7 @@ WITH claimed AS MATERIALIZED (
     ORDER BY id
     LIMIT $1
     FOR UPDATE SKIP LOCKED
-), event AS (
+), event AS MATERIALIZED (
     SELECT id, event_time, row_to_json(claimed)::text AS text
     FROM claimed
 ), numbered AS (
