@@ -108,7 +108,8 @@ func TestListPages(t *testing.T) {
 			l := a.List(t, test.limit, test.offset)
 			harness.Equal(t, fmt.Sprint(l.Meta, len(l.Goods)), fmt.Sprintf("{45 0 %d %d} %d", test.limit, test.offset, test.last-test.first+1), "%s page", cache)
 			for i, g := range l.Goods {
-				harness.Equal(t, fmt.Sprint(g.Priority, g.Name), fmt.Sprint(test.first+i, test.first+i), "%s page from %d, good %d", cache, test.offset, i)
+				n := test.first + i
+				harness.Equal(t, fmt.Sprint(g.Priority, "@", g.Name), fmt.Sprint(n, "@", n), "%s page from %d", cache, test.offset)
 			}
 		}
 	}

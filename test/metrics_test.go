@@ -108,22 +108,19 @@ func TestMetrics(t *testing.T) {
 	)
 	all := families(t, a)
 	for name, family := range all {
-		if family.GetHelp() == "" || !strings.HasPrefix(name, "goods_") && !strings.HasPrefix(name, "go_") && !strings.HasPrefix(name, "process_") {
-			t.Errorf("%s: got help %q", name, family.GetHelp())
-		}
-		if counter := family.GetType() == dto.MetricType_COUNTER; counter != strings.HasSuffix(name, "_total") {
-			t.Errorf("%s is a %s", name, family.GetType())
+		if kind := family.GetType(); family.GetHelp() == "" || (kind == dto.MetricType_COUNTER) != strings.HasSuffix(name, "_total") {
+			t.Errorf("%s is a %s, its help is %q", name, kind, family.GetHelp())
 		}
 		for _, m := range family.Metric {
-			buckets, last := m.GetHistogram().GetBucket(), uint64(0)
-			for _, b := range buckets {
-				if b.GetCumulativeCount() < last {
-					t.Errorf("%s: bucket %v has %d, the one before it %d", name, b.GetUpperBound(), b.GetCumulativeCount(), last)
+			h, last := m.GetHistogram(), &dto.Bucket{}
+			for _, b := range h.GetBucket() {
+				if b.GetCumulativeCount() < last.GetCumulativeCount() {
+					t.Errorf("%s: bucket %v after %v", name, b, last)
 				}
-				last = b.GetCumulativeCount()
+				last = b
 			}
-			if n := len(buckets); n > 0 && (buckets[n-1].GetUpperBound() != math.Inf(1) || last != m.GetHistogram().GetSampleCount()) {
-				t.Errorf("%s: the last bucket is %v with %d, the count is %d", name, buckets[n-1].GetUpperBound(), last, m.GetHistogram().GetSampleCount())
+			if h != nil && (last.GetUpperBound() != math.Inf(1) || last.GetCumulativeCount() != h.GetSampleCount()) {
+				t.Errorf("%s: the last bucket is %v, the count %d", name, last, h.GetSampleCount())
 			}
 		}
 	}

@@ -8,7 +8,6 @@ import (
 
 	"github.com/pb33f/libopenapi"
 	validator "github.com/pb33f/libopenapi-validator/schema_validation"
-	"github.com/pb33f/libopenapi/datamodel/high/base"
 	v3 "github.com/pb33f/libopenapi/datamodel/high/v3"
 	"github.com/pb33f/libopenapi/orderedmap"
 
@@ -67,7 +66,7 @@ func examples(t testing.TB, content *orderedmap.Map[string, *v3.MediaType]) (bod
 			harness.Must(t, example.Value.Decode(&value))
 			text, err := json.Marshal(value)
 			harness.Must(t, err)
-			if right, faults := validator.NewSchemaValidator().ValidateSchemaString(schema(media), string(text)); !right {
+			if right, faults := validator.NewSchemaValidator().ValidateSchemaString(media.Schema.Schema(), string(text)); !right {
 				t.Errorf("example %s: %v", name, faults)
 			}
 			bodies = append(bodies, string(text))
@@ -75,5 +74,3 @@ func examples(t testing.TB, content *orderedmap.Map[string, *v3.MediaType]) (bod
 	}
 	return bodies
 }
-
-func schema(media *v3.MediaType) *base.Schema { return media.Schema.Schema() }

@@ -72,6 +72,10 @@ func (w *World) Launch(t testing.TB, overrides ...string) *App {
 	t.Helper()
 	cmd := w.Command(nil, overrides...)
 	a := &App{Log: &Log{}, t: t, checked: !w.Unchecked}
+	if a.checked {
+		_, err := contract() // not while a test measures time
+		Must(t, err)
+	}
 	cmd.Stdout, cmd.Stderr = a.Log, a.Log
 	Must(t, cmd.Start())
 	a.Process = cmd.Process

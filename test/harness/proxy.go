@@ -83,7 +83,8 @@ func pass(to, from net.Conn, hook *atomic.Pointer[Hook]) {
 	}
 }
 
-func forward(to net.Conn, part []byte) error {
+// Forward passes part on unchanged.
+func Forward(to net.Conn, part []byte) error {
 	_, err := to.Write(part)
 	return err
 }
@@ -92,7 +93,7 @@ func forward(to net.Conn, part []byte) error {
 func (p *Proxy) Spoil(request, reply Hook) {
 	for at, hook := range map[*atomic.Pointer[Hook]]Hook{&p.request: request, &p.reply: reply} {
 		if hook == nil {
-			hook = forward
+			hook = Forward
 		}
 		at.Store(&hook)
 	}
@@ -103,7 +104,7 @@ func (p *Proxy) Freeze() (resume func()) {
 	thawed := make(chan struct{})
 	hold := func(to net.Conn, part []byte) error {
 		<-thawed
-		return forward(to, part)
+		return Forward(to, part)
 	}
 	p.Spoil(hold, hold)
 	return sync.OnceFunc(func() {

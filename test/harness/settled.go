@@ -1,10 +1,9 @@
 package harness
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
-	"strconv"
+	"maps"
 	"strings"
 	"testing"
 	"time"
@@ -13,8 +12,10 @@ import (
 )
 
 // Settled waits until nothing is on its way to ClickHouse, and then checks what
-// must hold whatever has happened: see the queries. It returns the number of
-// events.
+// must hold whatever has happened: priorities are 1..N, the counts of meta are
+// exact, the distinct events in ClickHouse are exactly the versions of every
+// good, the latest of them is what Postgres has, and what Redis holds is right.
+// It returns the number of events.
 func (w *World) Settled(t testing.TB, limit time.Duration) int {
 	t.Helper()
 	Eventually(t, limit, func() error {
@@ -25,103 +26,72 @@ func (w *World) Settled(t testing.TB, limit time.Duration) int {
 		}
 		return err
 	})
-	for claim, query := range map[string]string{
-		"priorities are 1..N":     `SELECT count(*) FROM (SELECT priority, row_number() OVER (ORDER BY priority) AS n FROM goods) AS g WHERE priority <> n`,
-		"meta total is exact":     `SELECT abs(total - (SELECT count(*) FROM goods)) FROM meta`,
-		"meta removed is exact":   `SELECT abs(removed - (SELECT count(*) FROM goods WHERE removed)) FROM meta`,
-		"versions begin at one":   `SELECT count(*) FROM goods WHERE version < 1`,
-		"meta is exactly one row": `SELECT count(*) - 1 FROM meta`,
-	} {
-		if n := One[int](t, w, query); n != 0 {
-			t.Errorf("%s: %d exceptions", claim, n)
-		}
-	}
-	events := w.checkLog(t)
-	w.checkCache(t, events)
-	return len(events)
-}
+	const priorities = `SELECT count(*) FROM (SELECT priority, row_number() OVER (ORDER BY priority) AS n FROM goods) AS g WHERE priority <> n`
+	Equal(t, One[int](t, w, priorities), 0, "priorities that are not their position")
+	const counts = `SELECT concat(count(*), ' ', count(*) FILTER (WHERE removed)) FROM goods`
+	Equal(t, One[string](t, w, `SELECT string_agg(concat(total, ' ', removed), ', ') FROM meta`), One[string](t, w, counts), "meta")
 
-// version names one version of one good.
-type version struct{ id, version int }
-
-// checkLog compares the log with Postgres: the distinct events are exactly
-// 1..version for every good, and the latest equals the row.
-func (w *World) checkLog(t testing.TB) map[version]Good {
-	t.Helper()
-	stored := map[version]Good{} // the latest versions
-	rows, err := w.DB.Query(`SELECT id, project_id, name, description, priority, removed, version FROM goods`)
+	stored, versions := map[string]string{}, map[string]int{}
+	rows, err := w.DB.Query(`SELECT id, version, concat_ws('|', project_id, name, description, priority, removed::int) FROM goods`)
 	Must(t, err)
 	defer rows.Close()
 	expected := 0
 	for rows.Next() {
-		var g Good
-		var v int
-		Must(t, rows.Scan(&g.ID, &g.ProjectID, &g.Name, &g.Description, &g.Priority, &g.Removed, &v))
-		stored[version{g.ID, v}] = g
-		expected += v
+		var id, text string
+		var version int
+		Must(t, rows.Scan(&id, &version, &text))
+		stored[id], versions[id] = text, version
+		expected += version
 	}
 	Must(t, rows.Err())
 
-	logged := map[version]Good{}
-	events, err := w.ClickHouse.Query(context.Background(), `
-SELECT toInt64(Id), toInt64(ProjectId), Name, Description, toInt64(Priority), Removed, toInt64(Version)
+	events := map[string]string{} // "id:version" -> the good
+	logged, err := w.ClickHouse.Query(t.Context(), `
+SELECT concat(toString(Id), ':', toString(Version)),
+       concat(toString(ProjectId), '|', Name, '|', Description, '|', toString(Priority), '|', toString(Removed))
 FROM goods_log FINAL`)
 	Must(t, err)
-	defer events.Close()
-	for events.Next() {
-		var id, project, priority, v int64
-		var g Good
-		var removed uint8
-		Must(t, events.Scan(&id, &project, &g.Name, &g.Description, &priority, &removed, &v))
-		g.ID, g.ProjectID, g.Priority, g.Removed = int(id), int(project), int(priority), removed == 1
-		logged[version{g.ID, int(v)}] = g
+	defer logged.Close()
+	for logged.Next() {
+		var version, text string
+		Must(t, logged.Scan(&version, &text))
+		events[version] = text
 	}
-	Must(t, events.Err())
-	// As many as there should be, none of them twice, and none beyond the latest.
-	if len(logged) != expected {
-		t.Errorf("ClickHouse has %d distinct events, want %d", len(logged), expected)
-	}
-	for v, g := range stored {
-		for n := 1; n <= v.version; n++ {
-			if _, ok := logged[version{v.id, n}]; !ok {
-				t.Errorf("ClickHouse has no version %d of good %d", n, v.id)
+	Must(t, logged.Err())
+	latest := map[string]string{}
+	for id, version := range versions {
+		for n := 1; n <= version; n++ {
+			if text, ok := events[fmt.Sprint(id, ":", n)]; !ok {
+				t.Errorf("ClickHouse has no version %d of good %s", n, id)
+			} else if n == version {
+				latest[id] = text
 			}
 		}
-		if last := logged[v]; last != g {
-			t.Errorf("the last event is %+v, Postgres has %+v", last, g)
-		}
 	}
-	return logged
+	Equal(t, len(events), expected, "distinct events in ClickHouse")
+	if !maps.Equal(latest, stored) {
+		t.Errorf("the latest events are %v, Postgres has %v", latest, stored)
+	}
+	w.checkCache(t, events)
+	return len(events)
 }
 
 // checkCache compares every good in Redis with the event of its version.
-func (w *World) checkCache(t testing.TB, events map[version]Good) {
+func (w *World) checkCache(t testing.TB, events map[string]string) {
 	t.Helper()
 	conn := w.Redis.Get()
 	defer conn.Close()
-	keys, err := redis.Strings(conn.Do("KEYS", w.Namespace+":*"))
+	keys, err := redis.Strings(conn.Do("KEYS", w.Namespace+":*:*:*"))
 	Must(t, err)
 	for _, key := range keys {
 		cached, err := redis.Bytes(conn.Do("GET", key))
 		if err == redis.ErrNil {
 			continue // it has just expired
 		}
-		Must(t, err)
-		parts := strings.Split(key, ":")
-		if len(parts) != 4 {
-			continue
-		}
-		id, _ := strconv.Atoi(parts[2])
-		v, _ := strconv.Atoi(parts[3])
 		var g Good
 		Must(t, json.Unmarshal(cached, &g))
-		created := g.CreatedAt
-		g.CreatedAt = time.Time{}
-		if event, ok := events[version{id, v}]; !ok || g != event {
-			t.Errorf("%s: Redis has %s, the event was %+v", key, cached, event)
-		}
-		if want := One[time.Time](t, w, `SELECT created_at FROM goods WHERE id = $1`, id); !created.Equal(want) {
-			t.Errorf("%s: Redis has createdAt %v, Postgres has %v", key, created, want)
-		}
+		removed := map[bool]int{true: 1}[g.Removed]
+		Equal(t, fmt.Sprintf("%d|%s|%s|%d|%d", g.ProjectID, g.Name, g.Description, g.Priority, removed), events[strings.SplitN(key, ":", 3)[2]], "%s in Redis", key)
+		Equal(t, g.CreatedAt, One[time.Time](t, w, `SELECT created_at FROM goods WHERE id = $1`, g.ID).UTC(), "%s in Redis", key)
 	}
 }
