@@ -19,7 +19,8 @@ const (
 	cachePause   = time.Second            // after a failure Redis is left alone
 	cacheChunk   = 100                    // goods in one MGET: a page of large ones takes several
 	cacheFormat  = 1                      // of the JSON of a good: another one gets other keys
-	localLimit   = 4 << 20                // bytes of goods that the process itself holds
+	localSlots   = 1 << 14                // goods that the process itself holds
+	localMax     = 1 << 10                // bytes of each of them
 )
 
 // key names one version of one good: its id, and the version in the lower 32 bits. A version never changes, so what
@@ -37,10 +38,17 @@ type cache struct {
 	failedAt atomic.Int64 // when an exchange with Redis failed last, in Unix nanoseconds
 
 	mu      sync.Mutex // guards what follows
-	local   map[key][]byte
-	size    int       // bytes in local
+	local   [localSlots]slot
 	emptied time.Time // the last time that local was
 }
+
+// slot holds the last good with a key that belongs here.
+type slot struct {
+	key  key
+	good []byte
+}
+
+func (c *cache) slot(k key) *slot { return &c.local[uint64(k)*0x9E3779B97F4A7C15>>(64-14)] }
 
 func newCache(url, namespace string, counts *metrics) *cache {
 	c := &cache{prefix: fmt.Sprintf("%s:%d:", namespace, cacheFormat), counts: counts}
@@ -68,8 +76,14 @@ func (c *cache) get(keys []key) [][]byte {
 	var missing []int // indexes of keys
 	var commands [][]any
 	c.mu.Lock()
+	if time.Since(c.emptied) > cacheLife*time.Second {
+		clear(c.local[:])
+		c.emptied = time.Now()
+	}
 	for i, k := range keys {
-		if goods[i] = c.local[k]; goods[i] == nil {
+		if s := c.slot(k); s.key == k {
+			goods[i] = s.good
+		} else {
 			missing = append(missing, i)
 		}
 	}
@@ -104,17 +118,13 @@ func isGood(text []byte, k key) bool {
 	return ok && bytes.HasPrefix(rest, []byte(`,"projectId":`)) && bytes.HasSuffix(rest, []byte(`Z"}`))
 }
 
-// keep holds goods in the process, for a minute, as Redis does, or until they are too many.
+// keep holds goods in the process, for a minute at most, as Redis does.
 func (c *cache) keep(keys []key, goods [][]byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for i, k := range keys {
-		if c.size > localLimit || time.Since(c.emptied) > cacheLife*time.Second {
-			c.local, c.size, c.emptied = map[key][]byte{}, 0, time.Now()
-		}
-		if goods[i] != nil && c.local[k] == nil {
-			c.local[k] = goods[i]
-			c.size += len(goods[i]) + 64 // and what the map takes
+		if goods[i] != nil && len(goods[i]) <= localMax {
+			*c.slot(k) = slot{k, goods[i]}
 		}
 	}
 }

@@ -103,8 +103,8 @@ func (a *api) create(w http.ResponseWriter, r *http.Request) (int, any, error) {
 
 func (a *api) update(w http.ResponseWriter, r *http.Request) (int, any, error) {
 	in := readInput(w, r, "name", "description")
-	q := in.edit()
-	q.Name, q.Description = in.name(), in.text("description", maxDescription)
+	q := editRequest{ID: in.number("id", 0, maxInt32), ProjectID: in.number("projectId", 0, maxInt32),
+		Name: in.name(), Description: in.text("description", maxDescription)}
 	if err := in.fault(); err != nil {
 		return 0, nil, err
 	}
@@ -124,8 +124,7 @@ func (a *api) reprioritize(w http.ResponseWriter, r *http.Request) (int, any, er
 
 func (a *api) remove(w http.ResponseWriter, r *http.Request) (int, any, error) {
 	in := readInput(w, r)
-	q := in.edit()
-	q.Removed = true
+	q := editRequest{ID: in.number("id", 0, maxInt32), ProjectID: in.number("projectId", 0, maxInt32), Removed: true}
 	if err := in.fault(); err != nil {
 		return 0, nil, err
 	}

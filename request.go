@@ -103,11 +103,6 @@ func (in *input) number(name string, absent, most int32) int32 {
 	return absent
 }
 
-// edit returns a request for the good that the query names.
-func (in *input) edit() editRequest {
-	return editRequest{ID: in.number("id", 0, maxInt32), ProjectID: in.number("projectId", 0, maxInt32)}
-}
-
 // parse returns a number from 1 to most, in digits only.
 func (in *input) parse(name, digits string, most int32) int32 {
 	n, err := strconv.ParseInt(digits, 10, 32)
