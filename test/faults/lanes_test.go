@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"database/sql"
-	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -25,16 +24,16 @@ import (
 
 // The lanes that take the longest come first.
 var lanes = []lane{
-	{"postgres frozen", []fault{
-		{name: "Postgres frozen for twelve seconds, two services", breaks: "postgres", replicas: 2, during: frozenForLong, postgres: true},
+	{"postgres frozen", "postgres", []fault{
+		{name: "Postgres frozen for twelve seconds, two services", replicas: 2, during: broken("pause", 12*time.Second, "resume", "postgres"), postgres: true},
 		{name: "first of two Postgres hosts frozen", through: "postgres", twoHosts: true, during: firstHostFrozen, postgres: true},
-		{name: "Postgres frozen, one of two services stopped", breaks: "postgres", replicas: 2, during: stoppedWhileFrozen, postgres: true},
+		{name: "Postgres frozen, one of two services stopped", replicas: 2, during: stoppedWhileFrozen, postgres: true},
 	}},
-	{"sigterm", []fault{
-		{name: "fifty SIGTERMs under new connections", replicas: 3, during: terminated, within: 2 * time.Second},
-		{name: "services restarted in turn with SIGTERM", replicas: 2, during: rolled, within: 3 * time.Second},
+	{"sigterm", "", []fault{
+		{name: "fifty SIGTERMs under new connections", replicas: 3, during: terminated},
+		{name: "services restarted in turn with SIGTERM", replicas: 2, during: rolled},
 	}},
-	{"wire", []fault{
+	{"wire", "", []fault{
 		{name: "replies of Postgres torn", through: "postgres", during: spoiled(torn(50)), postgres: true},
 		{name: "commits of Postgres unheard", through: "postgres", during: spoiled(unheard), postgres: true},
 		{name: "replies of Redis torn", through: "redis", during: spoiled(torn(5))},
@@ -45,96 +44,67 @@ var lanes = []lane{
 		{name: "replies of NATS lost", through: "nats", during: spoiled(lost)},
 		{name: "replies of ClickHouse lost", through: "clickhouse", during: spoiled(lost)},
 	}},
-	{"postgres", []fault{
-		{name: "Postgres restarted", breaks: "postgres", during: stopped(0, "postgres"), postgres: true},
-		{name: "Postgres stopped", breaks: "postgres", during: stopped(aWhile, "postgres"), postgres: true},
-		{name: "Postgres killed", breaks: "postgres", during: killed("postgres"), postgres: true},
-		{name: "Postgres frozen", breaks: "postgres", during: frozen("postgres"), postgres: true},
-		{name: "Postgres out of connections", breaks: "postgres", during: outOfConnections, postgres: true},
+	{"postgres", "postgres", []fault{
+		{name: "Postgres restarted", during: broken("stop", 0, "start", "postgres"), postgres: true},
+		{name: "Postgres stopped", during: broken("stop", aWhile, "start", "postgres"), postgres: true},
+		{name: "Postgres killed", during: broken("kill", aWhile, "start", "postgres"), postgres: true},
+		{name: "Postgres frozen", during: broken("pause", 2*aWhile, "resume", "postgres"), postgres: true},
+		{name: "Postgres out of connections", during: outOfConnections, postgres: true},
 		{name: "Postgres: goods locked for ten seconds", during: goodsLocked, postgres: true},
 	}},
-	{"clickhouse", []fault{
-		{name: "ClickHouse stopped", breaks: "clickhouse", during: stopped(aWhile, "clickhouse")},
-		{name: "ClickHouse killed", breaks: "clickhouse", during: killed("clickhouse")},
-		{name: "ClickHouse frozen", breaks: "clickhouse", during: frozen("clickhouse")},
+	{"clickhouse", "clickhouse", []fault{
+		{name: "ClickHouse stopped", during: broken("stop", aWhile, "start", "clickhouse")},
+		{name: "ClickHouse killed", during: broken("kill", aWhile, "start", "clickhouse")},
+		{name: "ClickHouse frozen", during: broken("pause", 2*aWhile, "resume", "clickhouse")},
 		{name: "ClickHouse table renamed away", during: withoutTable(func(testing.TB, *scene) {})},
 		{name: "ClickHouse refuses: too many parts", during: tooManyParts},
-		{name: "ClickHouse refuses: read only", breaks: "clickhouse", through: "clickhouse", during: readOnly},
+		{name: "ClickHouse refuses: read only", through: "clickhouse", during: readOnly},
 	}},
-	{"nats", []fault{
-		{name: "NATS stopped", breaks: "nats", during: stopped(aWhile, "nats")},
-		{name: "NATS killed", breaks: "nats", during: killed("nats")},
-		{name: "NATS frozen", breaks: "nats", during: frozen("nats")},
-		{name: "NATS restarted", breaks: "nats", during: stopped(0, "nats")},
+	{"nats", "nats", []fault{
+		{name: "NATS stopped", during: broken("stop", aWhile, "start", "nats")},
+		{name: "NATS killed", during: broken("kill", aWhile, "start", "nats")},
+		{name: "NATS frozen", during: broken("pause", 2*aWhile, "resume", "nats")},
+		{name: "NATS restarted", during: broken("stop", 0, "start", "nats")},
 		{name: "NATS stream full", during: streamFull},
-		{name: "NATS without JetStream", breaks: "nats", during: withoutJetStream},
-		{name: "NATS back without its data", breaks: "nats", during: withoutTable(natsEmptied), notices: 15 * time.Second},
-		{name: "NATS stream deleted with events in it", during: withoutTable(streamDeleted), notices: 15 * time.Second},
+		{name: "NATS without JetStream", during: withoutJetStream},
+		{name: "NATS back without its data", during: withoutTable(natsEmptied), recovers: 15 * time.Second},
+		{name: "NATS stream deleted with events in it", during: withoutTable(streamDeleted), recovers: 15 * time.Second},
 	}},
-	{"service", []fault{
+	{"service", "", []fault{
 		{name: "service killed twenty times", during: serviceKilled, kills: true},
 		{name: "one of two services killed and restarted", replicas: 2, during: replicaKilled, kills: true},
 		{name: "one of three services killed and restarted", replicas: 3, during: replicaKilled, kills: true},
 		{name: "messages repeated, out of order, and garbage", during: messagesSpoiled},
 	}},
-	{"clients", []fault{
+	{"clients", "", []fault{
 		{name: "clients that send a byte a second", during: slowClients},
 		{name: "bodies that never end", during: endlessBodies},
-		{name: "ten thousand idle connections", during: idleClients, within: 5 * time.Second},
+		{name: "ten thousand idle connections", during: idleClients},
 		{name: "clients that leave", during: leavingClients},
 	}},
-	{"redis", []fault{
-		{name: "Redis stopped, back with old data", breaks: "redis", during: stopped(aWhile, "redis")},
-		{name: "Redis killed", breaks: "redis", during: killed("redis")},
-		{name: "Redis frozen", breaks: "redis", during: frozen("redis")},
-		{name: "Redis back empty", breaks: "redis", during: redisEmptied},
-		{name: "Redis answers after 100 ms", through: "redis", during: spoiled(late(100 * time.Millisecond)), within: 2 * time.Second},
+	{"redis", "redis", []fault{
+		{name: "Redis stopped, back with old data", during: broken("stop", aWhile, "start", "redis")},
+		{name: "Redis killed", during: broken("kill", aWhile, "start", "redis")},
+		{name: "Redis frozen", during: broken("pause", 2*aWhile, "resume", "redis")},
+		{name: "Redis back empty", during: redisEmptied},
+		{name: "Redis answers after 100 ms", through: "redis", during: spoiled(late(100 * time.Millisecond))},
 		{name: "Redis answers after 400 ms", through: "redis", during: spoiled(late(400 * time.Millisecond))},
 	}},
-	{"together", []fault{
-		{name: "NATS and ClickHouse killed", breaks: "nats clickhouse", during: killed("nats", "clickhouse")},
-		{name: "Redis and Postgres killed", breaks: "redis postgres", during: killed("redis", "postgres"), postgres: true},
-		{name: "Redis frozen, service killed", breaks: "redis", during: frozenAndKilled, kills: true},
-		{name: "only Postgres within reach, service killed", breaks: "redis nats clickhouse", during: onlyPostgres, kills: true},
+	{"together", "postgres redis nats clickhouse", []fault{
+		{name: "NATS and ClickHouse killed", during: broken("kill", aWhile, "start", "nats", "clickhouse")},
+		{name: "Redis and Postgres killed", during: broken("kill", aWhile, "start", "redis", "postgres"), postgres: true},
+		{name: "Redis frozen, service killed", during: killedWhile("pause", "resume", "redis"), kills: true},
+		{name: "only Postgres within reach, service killed", during: killedWhile("stop", "start", "redis", "nats", "clickhouse"), kills: true},
 	}},
 }
 
-func stopped(d time.Duration, names ...string) func(testing.TB, *scene) {
+// broken runs a command on servers, and after d the one that undoes it.
+func broken(down string, d time.Duration, up string, names ...string) func(testing.TB, *scene) {
 	return func(t testing.TB, s *scene) {
-		s.sh(t, "stop", names...)
+		s.sh(t, down, names...)
 		s.last(d)
-		s.sh(t, "start", names...)
+		s.sh(t, up, names...)
 	}
-}
-
-func killed(names ...string) func(testing.TB, *scene) {
-	return func(t testing.TB, s *scene) {
-		for _, name := range names {
-			s.servers.Kill(t, name)
-		}
-		s.last(aWhile)
-		s.sh(t, "start", names...)
-	}
-}
-
-func frozen(name string) func(testing.TB, *scene) {
-	return func(t testing.TB, s *scene) {
-		s.sh(t, "pause", name)
-		s.last(2 * aWhile)
-		s.sh(t, "resume", name)
-	}
-}
-
-// frozenForLong is longer than any timeout of the service.
-func frozenForLong(t testing.TB, s *scene) {
-	s.sh(t, "pause", "postgres")
-	s.last(12 * time.Second)
-	for _, a := range s.apps {
-		if r := a.Call(t, "GET", "/readyz", ""); r.Status != 503 || !strings.Contains(r.Body, `"postgres":"down"`) {
-			t.Errorf("/readyz with Postgres frozen: %d %s", r.Status, r.Body)
-		}
-	}
-	s.sh(t, "resume", "postgres")
 }
 
 // firstHostFrozen leaves the first host frozen until the second serves.
@@ -206,8 +176,7 @@ func spoiled(reply harness.Hook) func(testing.TB, *scene) {
 func late(d time.Duration) harness.Hook {
 	return func(to net.Conn, part []byte) error {
 		<-time.After(d)
-		_, err := to.Write(part)
-		return err
+		return harness.Forward(to, part)
 	}
 }
 
@@ -218,8 +187,7 @@ func torn(n int) harness.Hook {
 			_, _ = to.Write(part[:rand.N(len(part))])
 			return io.ErrClosedPipe
 		}
-		_, err := to.Write(part)
-		return err
+		return harness.Forward(to, part)
 	}
 }
 
@@ -231,8 +199,7 @@ func unheard(to net.Conn, part []byte) error {
 	if bytes.Contains(part, []byte("COMMIT\x00")) && rand.N(4) == 0 {
 		return io.ErrClosedPipe
 	}
-	_, err := to.Write(part)
-	return err
+	return harness.Forward(to, part)
 }
 
 func redisEmptied(t testing.TB, s *scene) {
@@ -272,7 +239,7 @@ func (s *scene) query(t testing.TB, statement string) {
 }
 
 func natsEmptied(t testing.TB, s *scene) {
-	s.servers.Kill(t, "nats")
+	s.sh(t, "kill", "nats")
 	harness.Must(t, os.RemoveAll(filepath.Join(s.servers.Dir, "nats", "jetstream")))
 	s.sh(t, "start", "nats")
 }
@@ -330,56 +297,6 @@ func readOnly(t testing.TB, s *scene) {
 	become(string(users), false)
 }
 
-func serviceKilled(t testing.TB, s *scene) {
-	for range 20 {
-		s.last(rand.N(300 * time.Millisecond))
-		s.restart(t, 0)
-	}
-}
-
-// replicaKilled kills the last of several, and starts it again as its supervisor would.
-func replicaKilled(t testing.TB, s *scene) {
-	dead := len(s.apps) - 1
-	harness.Must(t, s.apps[dead].Process.Kill())
-	s.load.aim(s.apps[:dead]...)
-	s.last(aWhile)
-	s.restart(t, dead)
-}
-
-// rolled restarts the replicas one after the other, as a balancer sees it: it leaves one that is not ready.
-func rolled(t testing.TB, s *scene) {
-	for i, a := range s.apps {
-		ended := make(chan error, 1)
-		go func() { ended <- a.Stop() }()
-		harness.Eventually(t, 5*time.Second, func() error {
-			if a.Ready() == nil {
-				return errors.New("the service is still ready")
-			}
-			return nil
-		})
-		s.load.aim(s.apps[1-i])
-		if err := <-ended; err != nil {
-			t.Errorf("the service ended with %v", err)
-		}
-		s.restart(t, i)
-	}
-}
-
-func frozenAndKilled(t testing.TB, s *scene) {
-	s.sh(t, "pause", "redis")
-	s.last(aWhile / 2)
-	s.restart(t, 0)
-	s.last(aWhile / 2)
-	s.sh(t, "resume", "redis")
-}
-
-func onlyPostgres(t testing.TB, s *scene) {
-	s.sh(t, "stop", "redis", "nats", "clickhouse")
-	s.restart(t, 0)
-	s.last(aWhile)
-	s.sh(t, "start", "redis", "nats", "clickhouse")
-}
-
 // messagesSpoiled publishes what has passed twice more, the newest first, and what is no message of events.
 func messagesSpoiled(t testing.TB, s *scene) {
 	passing, err := s.JS.Conn().SubscribeSync(s.Subject())
@@ -394,16 +311,9 @@ func messagesSpoiled(t testing.TB, s *scene) {
 		messages = append(messages, string(m.Data), string(m.Data))
 	}
 	slices.Reverse(messages)
-	garbage := []string{"", "null", "{}", "[]", "[null]", "[{}]", "[[]]", "1", `"text"`, "{", "\x00\xff", strings.Repeat("x", 1<<16),
-		strings.TrimSuffix(messages[0], "]") + ",{}]", strings.Replace(messages[0], ":", `:"`, 1)}
+	garbage := []string{"", "[]", "{", "\x00\xff", strings.TrimSuffix(messages[0], "]") + ",{}]"}
 	for _, m := range append(messages, garbage...) {
 		_, err := s.JS.Publish(context.Background(), s.Subject(), []byte(m))
 		harness.Must(t, err)
 	}
-	harness.Eventually(t, 20*time.Second, func() error {
-		if r := s.apps[0].Call(t, "GET", "/metrics", ""); !strings.Contains(r.Body, fmt.Sprintf("\ngoods_events_thrown_away_total %d\n", len(garbage))) {
-			return fmt.Errorf("want %d messages thrown away", len(garbage))
-		}
-		return nil
-	})
 }
