@@ -110,12 +110,15 @@ func TestKeysAcrossKills(t *testing.T) {
 	var clients sync.WaitGroup
 	for i := range 8 {
 		clients.Go(func() {
-			for n := 0; !done.Load(); n++ {
+			for n := 0; !done.Load() && !t.Failed(); n++ {
 				name := fmt.Sprintf("%d-%d", i, n)
-				for a, answered := shaky.Load(), false; !answered; a = stable {
+				for a, answered := shaky.Load(), false; !answered && !t.Failed(); a = stable {
 					r, err := a.Try("POST", create, fmt.Sprintf(`{"name":%q}`, name), keyHeader+name)
 					if answered = err == nil && r.Status < 300; !answered {
 						repeated.Add(1)
+					}
+					if r.Status >= 300 && r.Status != 503 {
+						t.Errorf("key %s: got %d %s", name, r.Status, r.Body)
 					}
 				}
 				keys.Add(1)
