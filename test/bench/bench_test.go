@@ -4,7 +4,6 @@
 package bench
 
 import (
-	"cmp"
 	"fmt"
 	"math"
 	"os"
@@ -166,25 +165,21 @@ func (b *bench) add(r row, got, ref sample) {
 // spread is the lowest value, the median and the highest.
 type spread struct{ low, median, high float64 }
 
-func spreadOf(values []float64) spread {
-	slices.Sort(values)
-	return spread{values[0], values[len(values)/2], values[len(values)-1]}
-}
-
 func (m metric) of(rounds []sample) spread {
 	var values []float64
 	for _, s := range rounds {
 		values = append(values, m(s))
 	}
-	return spreadOf(values)
+	slices.Sort(values)
+	return spread{values[0], values[len(values)/2], values[len(values)-1]}
 }
 
 func (r *row) ratio() spread {
-	var ratios []float64
+	var ratios []sample
 	for i, s := range r.got {
-		ratios = append(ratios, r.metric(s)/r.metric(r.ref[i]))
+		ratios = append(ratios, sample{rate: r.metric(s) / r.metric(r.ref[i])})
 	}
-	return spreadOf(ratios)
+	return metric(rate).of(ratios)
 }
 
 // goal says what the ratio should be, and whether it is.
@@ -255,11 +250,11 @@ func (b *bench) report(took time.Duration) string {
 		ratio := r.ratio()
 		goal, met := r.goal(ratio)
 		add(&text, "| %s | %s | %s | %s | %.2f | %.2f to %.2f | %s |", r.what, describe(r.got), r.with, describe(r.ref), ratio.median, ratio.low, ratio.high, goal)
-		if r.because != "" || !met {
-			add(&reasons, "- **%s**: %s.", r.what, cmp.Or(r.because, "as above"))
-		}
 		if !met {
-			add(&reasons, "  Goal missed: %s.", r.short)
+			r.because = strings.TrimSpace(r.because + " Goal missed: " + r.short)
+		}
+		if r.because != "" {
+			add(&reasons, "- **%s**: %s", r.what, r.because)
 		}
 		if r.with == theBuildBefore {
 			continue
