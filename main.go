@@ -191,11 +191,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	time.Sleep(drainDelay)
 	last, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 	defer cancel()
-	err = server.Shutdown(last)
-	// A connection that was accepted while Shutdown looked is known once Serve has returned: the second call waits
-	// for it, too.
-	<-served
-	if err = errors.Join(err, server.Shutdown(last)); err != nil {
+	if err := server.Shutdown(last); err != nil {
 		log.Warn("requests were still in flight at the end", "err", err)
 	}
 	return nil

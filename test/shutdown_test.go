@@ -1,12 +1,7 @@
 package test
 
 import (
-	"errors"
 	"fmt"
-	"net/http"
-	"sync"
-	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -54,38 +49,4 @@ func TestShutdown(t *testing.T) {
 	harness.Must(t, <-stopped)
 	w.Start(t)
 	harness.Equal(t, w.Settled(t, 15*time.Second), 1, "events")
-}
-
-// A connection that was accepted is answered, also in the instant in which the
-// service stops listening.
-func TestShutdownUnderNewConnections(t *testing.T) {
-	t.Parallel()
-	w := harness.NewWorld(t)
-	fresh := &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
-	var answered atomic.Int64
-	for range 12 {
-		a := w.Start(t, "LOG_LEVEL=info")
-		var clients sync.WaitGroup
-		for range 8 {
-			clients.Go(func() {
-				for {
-					response, err := fresh.Get(a.URL + "/healthz")
-					if err != nil {
-						// One that was not accepted when the listener was closed is reset.
-						if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ECONNRESET) {
-							t.Errorf("a connection was closed without an answer: %v", err)
-						}
-						return
-					}
-					response.Body.Close()
-					answered.Add(1)
-				}
-			})
-		}
-		harness.Must(t, a.Stop())
-		clients.Wait()
-	}
-	if answered.Load() < 100 {
-		t.Errorf("only %d requests were answered", answered.Load())
-	}
 }
