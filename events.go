@@ -70,7 +70,6 @@ func (p *pipeline) wake() {
 	}
 }
 
-// pingNATS reports whether the stream can be reached.
 func (p *pipeline) pingNATS(ctx context.Context) error {
 	stream, err := p.js.Stream(ctx, p.stream())
 	if err == nil {
@@ -79,7 +78,6 @@ func (p *pipeline) pingNATS(ctx context.Context) error {
 	return err
 }
 
-// pingClickHouse reports whether the table can be reached.
 func (p *pipeline) pingClickHouse(ctx context.Context) error {
 	return p.clickhouse.Exec(ctx, `SELECT Id FROM goods_log LIMIT 0`)
 }
@@ -128,7 +126,7 @@ func (p *pipeline) publish() (more bool, err error) {
 			if err := rows.Scan(&ids, &message); err != nil {
 				return err
 			}
-			ack, err := p.js.PublishAsync(p.namespace+".events", message, jetstream.WithMsgID(fmt.Sprint(ids[0], "-", len(ids))))
+			ack, err := p.js.PublishAsync(p.namespace+".events", message)
 			all, acks = append(all, ids...), append(acks, ack)
 			return err
 		})
@@ -181,8 +179,6 @@ func (p *pipeline) connect() (jetstream.Consumer, error) {
 		Storage:   jetstream.FileStorage,
 		MaxMsgs:   streamLimit,
 		Replicas:  p.replicas,
-		// Shorter than lostAfter: NATS must take again what it has lost.
-		Duplicates: lostAfter / 2,
 	}
 	begin := time.Now()
 	_, err := p.js.UpdateStream(ctx, cfg)

@@ -118,13 +118,14 @@ var createGoods string
 
 func (s *service) createAll(requests []createRequest) ([]result[createResult], error) {
 	results := make([]result[createResult], len(requests))
+	batch, _ := json.Marshal(requests) // of texts and numbers: cannot fail
 	err := s.db.inTx(func(tx *sql.Tx) error {
 		// A statement of its own: the next one sees what was committed meanwhile.
 		if _, err := tx.Exec(lockPriorities); err != nil {
-			return err
+			return gone(err)
 		}
 		var fresh []good
-		err := s.db.query(tx, createGoods, []any{jsonText(requests)}, func(rows *sql.Rows) error {
+		err := s.db.query(tx, createGoods, []any{string(batch)}, func(rows *sql.Rows) error {
 			var n int
 			var same bool
 			var g good
@@ -149,12 +150,6 @@ func (s *service) createAll(requests []createRequest) ([]result[createResult], e
 	})
 	s.wake()
 	return results, err
-}
-
-// jsonText is a batch of requests as JSON; they have nothing that cannot be encoded.
-func jsonText[Q request](requests []Q) string {
-	text, _ := json.Marshal(requests)
-	return string(text)
 }
 
 // editRequest changes one good.
@@ -186,8 +181,9 @@ func (s *service) editAll(requests []editRequest) ([]result[good], error) {
 	}
 	var old, keys []key
 	var texts [][]byte
+	batch, _ := json.Marshal(requests) // of texts and numbers: cannot fail
 	err := s.db.inTx(func(tx *sql.Tx) error {
-		return s.db.query(tx, query, []any{jsonText(requests)}, func(rows *sql.Rows) error {
+		return s.db.query(tx, query, []any{string(batch)}, func(rows *sql.Rows) error {
 			var g good
 			if err := rows.Scan(g.fields()...); err != nil {
 				return err

@@ -26,7 +26,6 @@ var (
 //go:embed openapi.yaml
 var openAPI []byte
 
-// api serves the service over HTTP.
 type api struct {
 	service *service
 	health  *health

@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -177,6 +178,10 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	go events.relay()
 	go events.drain()
 	health.watch()
+	var open atomic.Int64 // connections
+	server.ConnState = func(_ net.Conn, state http.ConnState) {
+		open.Add(map[http.ConnState]int64{http.StateNew: 1, http.StateClosed: -1}[state])
+	}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	log.Info("listening", "addr", listener.Addr().String(), "version", version)
@@ -189,10 +194,15 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	log.Info("shutting down")
 	api.closing.Store(true)
 	time.Sleep(drainDelay)
-	last, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
-	defer cancel()
-	if err := server.Shutdown(last); err != nil {
-		log.Warn("requests were still in flight at the end", "err", err)
+	// Not Shutdown: it closes, without an answer, each connection whose first request has not been read by then.
+	listener.Close()
+	<-served
+	server.SetKeepAlivesEnabled(false)
+	for end := time.Now().Add(shutdownTimeout); open.Load() > 0 && time.Now().Before(end); {
+		time.Sleep(5 * time.Millisecond)
+	}
+	if n := open.Load(); n > 0 {
+		log.Warn("requests were still in flight at the end", "connections", n)
 	}
 	return nil
 }

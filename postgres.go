@@ -6,11 +6,9 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"net"
-	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -20,8 +18,7 @@ import (
 )
 
 // database is a pool that prepares each query once, so that running it is one round trip. Queries take no context:
-// lib/pq ends one by dialing a second connection, which a frozen server would hold, too. The server's
-// statement_timeout bounds a query, and when the server is silent, the deadlines of its connection.
+// lib/pq ends one by dialing a second connection, which a frozen server holds, too.
 type database struct {
 	*sql.DB
 	prepared sync.Map // query -> *sql.Stmt
@@ -95,19 +92,18 @@ func (c *limitedConn) Write(b []byte) (int, error) {
 var errOutcomeUnknown = errors.New("outcome unknown")
 
 // inTx runs f in one transaction. When the connection breaks during COMMIT the error is errOutcomeUnknown; after any
-// other error nothing was written. Writes are always in transactions: outside one, database/sql repeats a statement
-// by itself when its connection breaks.
+// other error nothing was written. Outside a transaction, database/sql would repeat a write by itself.
 func (db *database) inTx(f func(tx *sql.Tx) error) error {
 	tx, err := db.Begin()
 	if err != nil {
-		return fmt.Errorf("begin: %w", err)
+		return gone(err)
 	}
 	defer tx.Rollback() // does nothing after a commit
 	if err := f(tx); err != nil {
 		return err
 	}
 	if err = tx.Commit(); err != nil && pq.As(err) == nil { // the server has not refused it
-		err = fmt.Errorf("commit: %w: %w", errOutcomeUnknown, err)
+		err = fmt.Errorf("commit: %w: %w", errOutcomeUnknown, gone(err))
 	}
 	return err
 }
@@ -118,7 +114,7 @@ func (db *database) query(tx *sql.Tx, query string, args []any, scan func(rows *
 	if !ok {
 		own, err := db.Prepare(query)
 		if err != nil {
-			return err
+			return gone(err)
 		}
 		if prepared, ok = db.prepared.LoadOrStore(query, own); ok {
 			own.Close() // another goroutine was faster
@@ -130,7 +126,7 @@ func (db *database) query(tx *sql.Tx, query string, args []any, scan func(rows *
 	}
 	rows, err := stmt.Query(args...)
 	if err != nil {
-		return err
+		return gone(err)
 	}
 	defer rows.Close()
 	for rows.Next() {
@@ -138,7 +134,15 @@ func (db *database) query(tx *sql.Tx, query string, args []any, scan func(rows *
 			return err
 		}
 	}
-	return rows.Err()
+	return gone(rows.Err())
+}
+
+// gone marks an error that is not the server's own answer: lib/pq hides what some of them are.
+func gone(err error) error {
+	if err != nil && pq.As(err) == nil {
+		err = fmt.Errorf("%w: %w", driver.ErrBadConn, err)
+	}
+	return err
 }
 
 // unavailable tells "Postgres cannot serve this now" from every other error.
@@ -151,8 +155,7 @@ func unavailable(err error) bool {
 		}
 		return e.Code == pqerror.LockNotAvailable || e.Code == pqerror.ReadOnlySQLTransaction
 	}
-	known := []error{driver.ErrBadConn, sql.ErrConnDone, io.EOF, io.ErrUnexpectedEOF, context.DeadlineExceeded, context.Canceled}
-	return errors.As(err, new(net.Error)) || slices.ContainsFunc(known, func(target error) bool { return errors.Is(err, target) })
+	return errors.Is(err, driver.ErrBadConn) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
 }
 
 // awaitPostgres waits until the server answers, for about patience. A server that answers with a refusal (wrong
