@@ -2,10 +2,8 @@ package main
 
 import (
 	"encoding/json"
-	"maps"
 	"net/http/httptest"
 	"net/url"
-	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -21,41 +19,9 @@ func read(query, body string) (name, description *string, in *input) {
 	return in.name(), in.text("description", maxDescription), in
 }
 
-func TestBodies(t *testing.T) {
-	for body, bad := range map[string]string{
-		`{"name":"x"}`:                                "",
-		` {"name":"x","description":""} `:             "",
-		`{"name":"\ud83d\ude00 \\ud800"}`:             "", // a pair; an escaped backslash
-		`{"name":"` + strings.Repeat("é", 255) + `"}`: "",
-		``:                            "body",
-		`null`:                        "body",
-		`[]`:                          "body",
-		`{"name":"x"} x`:              "body",
-		`{"name":"x"}{}`:              "body",
-		`{"name":"x"`:                 "body",
-		"{\"name\":\"\xff\"}":         "body",
-		`{}`:                          "name",
-		`{"Name":"x"}`:                "Name name",
-		`{"name":"x","name":"y"}`:     "name",
-		`{"name":"x","price":1}`:      "price",
-		`{"name":" \t\u00a0"}`:        "name",
-		`{"name":null}`:               "name",
-		`{"name":1,"description":[]}`: "description name",
-		`{"name":"\u0000"}`:           "name",
-		`{"name":"\ud800x"}`:          "name",
-		`{"name":"\\\uDC00"}`:         "name",
-		`{"name":"` + strings.Repeat("é", 256) + `"}`:                                "name",
-		`{"name":"x","description":"` + strings.Repeat("d", maxDescription+1) + `"}`: "description",
-	} {
-		_, _, in := read("id=1", body)
-		if got := strings.Join(slices.Sorted(maps.Keys(in.bad)), " "); got != bad {
-			t.Errorf("%.60s: got bad fields %q, want %q", body, got, bad)
-		}
-	}
-}
-
 func FuzzBody(f *testing.F) {
-	for _, seed := range []string{`{"name":"x"}`, `{"name":"\ud83d\ude00","description":""}`, `{"name":"\ud800"}`, `{"a":1,"a":2}`, `[`, `{} {}`, "\xff"} {
+	for _, seed := range []string{`{"name":"x"}`, `{"name":"\ud83d\ude00 \\ud800","description":""}`, `{"name":"\ud800"}`, `{"name":"\\\uDC00"}`,
+		`{"name":"x","name":"y"}`, `{"Name":"x"}`, `{"name":null}`, `null`, `[`, `{"name":"x"} {}`, "{\"name\":\"\xff\"}", `{"name":"\u0000"}`} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, body string) {

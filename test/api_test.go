@@ -38,8 +38,7 @@ var refusals = map[int]string{
 	6: "405 errors.method.notAllowed", 7: "413 errors.request.tooLarge", 8: "503 errors.service.unavailable", 9: "422 errors.request.keyReused",
 }
 
-// refused sends a request that must get the error of this code, and returns
-// its details.
+// refused sends a request that must get the error of this code, and returns its details.
 func refused(t testing.TB, a *harness.App, code int, method, path, body string, header ...string) map[string]string {
 	t.Helper()
 	r := a.Call(t, method, path, body, header...)
@@ -231,8 +230,7 @@ func TestLargestAndOddTexts(t *testing.T) {
 	w.Settled(t, 15*time.Second)
 }
 
-// A lock that is not given in time is as good as a server out of reach; what
-// is broken inside is only for the log.
+// A lock that is not given in time is as good as a server out of reach; what is broken inside is only for the log.
 func TestUnavailableAndInternalErrors(t *testing.T) {
 	t.Parallel()
 	w := harness.NewWorld(t)

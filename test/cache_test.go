@@ -23,8 +23,8 @@ func redisDo(t testing.TB, w *harness.World, command string, args ...any) any {
 	return v
 }
 
-// cached waits until exactly these versions are in Redis, each an id and a
-// version such as "1:1", and returns their keys.
+// cached waits until exactly these versions are in Redis, each an id and a version such as "1:1", and returns their
+// keys.
 func cached(t testing.TB, w *harness.World, versions ...string) map[string]string {
 	t.Helper()
 	found := map[string]string{}
@@ -74,8 +74,7 @@ func TestCacheNamesVersions(t *testing.T) {
 	harness.Equal(t, w.Start(t).List(t, 10, 1).Goods[0].Name, "planted", "the name in a list")
 }
 
-// Values that are no goods are read around, whatever they are, and so is a
-// Redis that has forgotten everything.
+// Values that are no goods are read around, whatever they are, and so is a Redis that has forgotten everything.
 func TestStrangeValuesInRedis(t *testing.T) {
 	t.Parallel()
 	w := harness.NewWorld(t)

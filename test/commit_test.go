@@ -14,9 +14,8 @@ import (
 	"goods/test/harness"
 )
 
-// The connection breaks at the COMMIT of a write: before Postgres has it, or
-// before the service hears of it. The client gets 503 and the service does not
-// repeat it; the client may.
+// The connection breaks at the COMMIT of a write: before Postgres has it, or before the service hears of it. The
+// client gets 503 and the service does not repeat it; the client may.
 func TestCommitOfUnknownOutcome(t *testing.T) {
 	t.Parallel()
 	for _, delivered := range []bool{false, true} {

@@ -13,8 +13,8 @@ import (
 	"goods/test/harness"
 )
 
-// More clients than TestLinearizability has, so that batches are large; half of
-// the calls are about the same few goods.
+// More clients than TestLinearizability has, so that batches are large; half of the calls are about the same few
+// goods.
 func TestManyClients(t *testing.T) {
 	t.Parallel()
 	w := harness.NewWorld(t)
@@ -61,8 +61,7 @@ func TestManyClients(t *testing.T) {
 	}
 }
 
-// A move renumbers at most 20,000 goods within a request's time, and says so
-// of a longer one.
+// A move renumbers at most 20,000 goods within a request's time, and says so of a longer one.
 func TestLongMove(t *testing.T) {
 	t.Parallel()
 	w := harness.NewWorld(t)

@@ -17,8 +17,7 @@ import (
 // nowhere is a ClickHouse that does not answer: events stay in NATS.
 const nowhere = "CLICKHOUSE_URL=clickhouse://127.0.0.1:1/default"
 
-// published waits until every event in the outbox is published, and returns
-// the messages in the stream.
+// published waits until every event in the outbox is published, and returns the messages in the stream.
 func published(t testing.TB, w *harness.World) []*jetstream.RawStreamMsg {
 	t.Helper()
 	harness.Eventually(t, 15*time.Second, func() error {
@@ -163,8 +162,8 @@ func TestEventsTwice(t *testing.T) {
 	harness.Equal(t, insertSizes(t, w), []int{5, 5, 5, 5}, "rows of the INSERTs, each of 10 twice")
 }
 
-// The service is killed after it has inserted a batch and before it has
-// deleted the rows and acknowledged the message: the batch comes again.
+// The service is killed after it has inserted a batch and before it has deleted the rows and acknowledged the
+// message: the batch comes again.
 func TestKilledBetweenInsertAndAck(t *testing.T) {
 	t.Parallel()
 	w := harness.NewWorld(t)

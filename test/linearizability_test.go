@@ -43,8 +43,8 @@ type item struct {
 	removed bool
 }
 
-// window is the end of the list from the position skip+1 on: what comes before
-// it is left alone. Its state is a []item.
+// window is the end of the list from the position skip+1 on: what comes before it is left alone. Its state is a
+// []item.
 type window struct {
 	skip, removed int // goods before it, and the removed ones among them
 }
@@ -105,8 +105,7 @@ func (w window) good(list []item, at int) harness.Good {
 	return harness.Good{ID: list[at].id, Name: list[at].name, Priority: w.skip + at + 1, Removed: list[at].removed}
 }
 
-// see returns the list if a page shows it as it is, and with it the ids of
-// goods whose create was not answered.
+// see returns the list if a page shows it as it is, and with it the ids of goods whose create was not answered.
 func (w window) see(list []item, q ask, page harness.ListReply) []any {
 	removed := w.removed
 	for _, i := range list {
@@ -212,9 +211,8 @@ func (h *history) call(client int, q ask) (answered bool) {
 	return r.status != 0
 }
 
-// round lets six clients call at once, about the last goods of the list, while
-// during happens, and checks that some order of the calls explains all that
-// they saw.
+// round lets six clients call at once, about the last goods of the list, while during happens, and checks that some
+// order of the calls explains all that they saw.
 func (h *history) round(during func()) {
 	h.Helper()
 	const clients, each, goods = 6, 5, 8

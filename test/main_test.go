@@ -1,5 +1,4 @@
-// Package test runs the built program, speaks HTTP to it, and looks into the
-// stores behind it.
+// Package test runs the built program, speaks HTTP to it, and looks into the stores behind it.
 package test
 
 import (

@@ -24,8 +24,8 @@ func families(t testing.TB, a *harness.App) map[string]*dto.MetricFamily {
 	return found
 }
 
-// value sums the values of the series of a counter or gauge that have these
-// labels, such as `status="200"`; of a histogram, it sums the counts.
+// value sums the values of the series of a counter or gauge that have these labels, such as `status="200"`; of a
+// histogram, it sums the counts.
 func value(t testing.TB, a *harness.App, name string, labels ...string) (sum float64) {
 	t.Helper()
 	family := families(t, a)[name]

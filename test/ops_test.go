@@ -42,9 +42,8 @@ func about(a *harness.App, message, server string) []map[string]any {
 	return slices.DeleteFunc(a.Log.Lines(message), func(line map[string]any) bool { return line["name"] != server })
 }
 
-// A server that goes and comes back is one line each in the log, whatever is
-// tried meanwhile, and /readyz tells it; the calls that do not need it are
-// served, and those that do are answered in time.
+// A server that goes and comes back is one line each in the log, whatever is tried meanwhile, and /readyz tells it;
+// the calls that do not need it are served, and those that do are answered in time.
 func TestServerComesAndGoes(t *testing.T) {
 	t.Parallel()
 	for name, variable := range servers {
@@ -124,8 +123,7 @@ func TestRequestID(t *testing.T) {
 	}
 }
 
-// Passwords are never logged, whether they are right, or not needed, or wrong;
-// nor is what clients send.
+// Passwords are never logged, whether they are right, or not needed, or wrong; nor is what clients send.
 func TestNoSecretsInLog(t *testing.T) {
 	t.Parallel()
 	const secret = "s3cret"

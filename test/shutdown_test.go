@@ -19,8 +19,7 @@ func awaitLock(t testing.TB, w *harness.World) {
 	})
 }
 
-// Shutting down, the service says so before it stops listening, and answers
-// what is in flight.
+// Shutting down, the service says so before it stops listening, and answers what is in flight.
 func TestShutdown(t *testing.T) {
 	t.Parallel()
 	w := harness.NewWorld(t)

@@ -11,8 +11,7 @@ import (
 	"goods/test/harness"
 )
 
-// goods runs a command to its end. It returns what it prints, and whether it
-// ended with status 0.
+// goods runs a command to its end. It returns what it prints, and whether it ended with status 0.
 func goods(t testing.TB, w *harness.World, args string, variables ...string) (stdout, stderr string, success bool) {
 	t.Helper()
 	var out, problem bytes.Buffer
@@ -104,8 +103,8 @@ func TestStartWithOnlyPostgres(t *testing.T) {
 	harness.Equal(t, w.Settled(t, 15*time.Second), 3, "events")
 }
 
-// The service listens only once Postgres is there, and migrated: until then a
-// balancer is refused rather than kept waiting. Two processes may migrate.
+// The service listens only once Postgres is there, and migrated: until then a balancer is refused rather than kept
+// waiting. Two processes may migrate.
 func TestStartWaitsForPostgres(t *testing.T) {
 	t.Parallel()
 	w := harness.NewWorld(t)

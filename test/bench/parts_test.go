@@ -112,8 +112,8 @@ func (b *bench) growth() {
 	f = b.figure("connections")
 	for range rounds {
 		for _, n := range []int{1, 8, 64, 256} {
-			measure(s, "bare handler", n, []target{bare}, n, pageAt(1))
 			all(n, []target{s.app}, n)
+			measure(s, "bare handler", n, []target{bare}, n, pageAt(1))
 		}
 	}
 	f = b.figure("replicas")
@@ -217,7 +217,7 @@ func (b *bench) events() {
 		worlds = append(worlds, b.stocked(40_000, b.before.Program))
 	}
 	b.memo += " Events a second from a full outbox to ClickHouse:"
-	for _, batch := range []struct{ size, events int }{{5, 4000}, {500, 40_000}} {
+	for _, batch := range []struct{ size, events int }{{5, 2500}, {500, 40_000}} {
 		samples := make([][]sample, len(worlds))
 		for round := range rounds {
 			for i, w := range worlds {

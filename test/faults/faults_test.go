@@ -70,8 +70,8 @@ func (o outcome) String() string {
 		o.slowest.Seconds(), o.recovery.Seconds(), o.drained.Seconds(), o.events)
 }
 
-// run lets the fault happen under load, and checks what clients saw, what came of every write, and that the service is
-// then as it was.
+// run lets the fault happen under load, and checks what clients saw, what came of every write, and that the service
+// is then as it was.
 func (f fault) run(t testing.TB, own *harness.Servers, breaks string) outcome {
 	t.Helper()
 	s := f.scene(t, own, breaks)

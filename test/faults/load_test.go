@@ -23,13 +23,14 @@ const (
 	unanswered = 0                      // the status of a request without an answer
 )
 
-// lingers is the time after a bad answer in which a write may still be done: by a service that is slow, or by Postgres
-// for one that was killed.
+// lingers is the time after a bad answer in which a write may still be done: by a service that is slow, or by
+// Postgres for one that was killed.
 var lingers = map[int]time.Duration{503: 10 * time.Second, unanswered: time.Second}
 
-// load is clients that create, update, move, remove and list without end, and keep every answer. Each worker has goods
-// of its own, so it knows what a list must show of them. A create is repeated with its key until it is answered. Any
-// other write that gets a bad answer may be done or not, now or somewhat later: its good is not written again.
+// load is clients that create, update, move, remove and list without end, and keep every answer. Each worker has
+// goods of its own, so it knows what a list must show of them. A create is repeated with its key until it is
+// answered. Any other write that gets a bad answer may be done or not, now or somewhat later: its good is not written
+// again.
 type load struct {
 	apps atomic.Pointer[[]*harness.App] // that a balancer would choose from
 	stop func()                         // ends it, and waits for the last answer

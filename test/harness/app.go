@@ -48,8 +48,7 @@ type App struct {
 	checked bool
 }
 
-// Command returns goods with these arguments, in the service's environment as
-// changed by overrides.
+// Command returns goods with these arguments, in the service's environment as changed by overrides.
 func (w *World) Command(args []string, overrides ...string) *exec.Cmd {
 	cmd := exec.Command(cmp.Or(w.Program, program), args...)
 	cmd.Env = []string{} // not the test's own
@@ -145,8 +144,8 @@ func (l *Log) Lines(message string) []map[string]any {
 	return found
 }
 
-// AwaitLines waits for n lines with this message, and returns them. What the
-// service logs arrives a moment later than what it answers.
+// AwaitLines waits for n lines with this message, and returns them. What the service logs arrives a moment later than
+// what it answers.
 func (a *App) AwaitLines(t testing.TB, message string, n int) (lines []map[string]any) {
 	t.Helper()
 	Eventually(t, 15*time.Second, func() error {
@@ -181,8 +180,8 @@ func (a *App) Ready() error {
 // Client keeps enough connections for every test.
 var Client = &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 256}}
 
-// Try sends one request, with header lines such as "Idempotency-Key: x".
-// Whatever is answered must be as openapi.yaml says, or the test fails.
+// Try sends one request, with header lines such as "Idempotency-Key: x". Whatever is answered must be as openapi.yaml
+// says, or the test fails.
 func (a *App) Try(method, path, body string, header ...string) (Reply, error) {
 	return a.send(a.t, method, path, body, header)
 }

@@ -28,8 +28,8 @@ var contract = sync.OnceValues(func() (validator.Validator, error) {
 	return v, errors.Join(errs...)
 })
 
-// check fails the test when a reply is not as openapi.yaml says. That has no
-// place for unknown paths and wrong methods: they get the errors of any other.
+// check fails the test when a reply is not as openapi.yaml says. That has no place for unknown paths and wrong
+// methods: they get the errors of any other.
 func (r Reply) check(t testing.TB, method, path string) {
 	t.Helper()
 	v, err := contract()

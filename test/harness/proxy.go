@@ -8,8 +8,7 @@ import (
 	"testing"
 )
 
-// Proxy stands between a service and one of its servers, and can spoil what
-// passes.
+// Proxy stands between a service and one of its servers, and can spoil what passes.
 type Proxy struct {
 	server         string
 	listener       net.Listener
@@ -20,8 +19,8 @@ type Proxy struct {
 	conns []net.Conn
 }
 
-// Hook passes part on, or less of it, or later, or something else. It may be
-// called concurrently for different connections; its error ends the connection.
+// Hook passes part on, or less of it, or later, or something else. It may be called concurrently for different
+// connections; its error ends the connection.
 type Hook func(to net.Conn, part []byte) error
 
 // NewProxy puts a proxy before the server that a variable of w names.

@@ -19,8 +19,7 @@ type Servers struct {
 	env []string
 }
 
-// NewServers starts those named. They and their data are gone when the test
-// ends.
+// NewServers starts those named. They and their data are gone when the test ends.
 func NewServers(t testing.TB, names ...string) *Servers {
 	t.Helper()
 	dir, err := os.MkdirTemp("/var/tmp", "goods-servers-") // where user postgres may enter, too

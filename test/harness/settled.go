@@ -11,11 +11,10 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// Settled waits until nothing is on its way to ClickHouse, and then checks what
-// must hold whatever has happened: priorities are 1..N, the counts of meta are
-// exact, the distinct events in ClickHouse are exactly the versions of every
-// good, the latest of them is what Postgres has, and what Redis holds is right.
-// It returns the number of events.
+// Settled waits until nothing is on its way to ClickHouse, and then checks what must hold whatever has happened:
+// priorities are 1..N, the counts of meta are exact, the distinct events in ClickHouse are exactly the versions of
+// every good, the latest of them is what Postgres has, and what Redis holds is right. It returns the number of
+// events.
 func (w *World) Settled(t testing.TB, limit time.Duration) int {
 	t.Helper()
 	Eventually(t, limit, func() error {

@@ -1,8 +1,6 @@
-// Package harness runs the built program against real Postgres, Redis, NATS
-// and ClickHouse, and looks into them.
+// Package harness runs the built program against real Postgres, Redis, NATS and ClickHouse, and looks into them.
 //
-// Its helpers end the test when they fail. They may be called from several
-// goroutines of one test.
+// Its helpers end the test when they fail. They may be called from several goroutines of one test.
 package harness
 
 import (
@@ -37,8 +35,8 @@ var serverVariables = []string{"POSTGRES_URL", "REDIS_URL", "NATS_URL", "CLICKHO
 // program is the path of the program under test.
 var program string
 
-// Main builds the program, with the race detector if the tests have it, runs
-// the tests and exits. It is what TestMain calls.
+// Main builds the program, with the race detector if the tests have it, runs the tests and exits. It is what TestMain
+// calls.
 func Main(m *testing.M) {
 	for _, name := range serverVariables {
 		if os.Getenv(name) == "" {
@@ -92,8 +90,8 @@ func File(t testing.TB, name string) []byte {
 	return text
 }
 
-// World is what one test has for itself on the servers: a database in Postgres
-// and in ClickHouse, and a namespace in Redis and NATS.
+// World is what one test has for itself on the servers: a database in Postgres and in ClickHouse, and a namespace in
+// Redis and NATS.
 type World struct {
 	Env        map[string]string // of the service
 	Namespace  string
@@ -105,8 +103,8 @@ type World struct {
 	Program    string // another build than the one under test, if not empty
 }
 
-// NewWorld makes a world on the servers that the environment names, changed by
-// overrides such as "REDIS_URL=…". It is gone when the test ends.
+// NewWorld makes a world on the servers that the environment names, changed by overrides such as "REDIS_URL=…". It is
+// gone when the test ends.
 func NewWorld(t testing.TB, overrides ...string) *World {
 	t.Helper()
 	ctx := context.Background()
@@ -145,8 +143,8 @@ func NewWorld(t testing.TB, overrides ...string) *World {
 		_ = w.JS.DeleteStream(limited, w.Stream())
 		nc.Close()
 		w.DB.Close()
-		// A DROP that is cancelled leaves an invalid database, at which Postgres'
-		// autovacuum launcher waits forever: no other database is vacuumed.
+		// A DROP that is cancelled leaves an invalid database, at which Postgres' autovacuum launcher waits forever:
+		// no other database is vacuumed.
 		patient, cancel := context.WithTimeout(ctx, time.Minute)
 		defer cancel()
 		_, _ = admin.ExecContext(patient, "DROP DATABASE "+name+" WITH (FORCE)")
@@ -199,8 +197,7 @@ func Must(t testing.TB, err error) {
 	}
 }
 
-// Equal fails the test unless got is want. The rest of the message says what
-// they are.
+// Equal fails the test unless got is want. The rest of the message says what they are.
 func Equal[T any](t testing.TB, got, want T, format string, args ...any) {
 	t.Helper()
 	if !reflect.DeepEqual(got, want) {
@@ -216,8 +213,7 @@ func (w *World) Exec(t testing.TB, statements string) {
 	}
 }
 
-// Hold runs a statement that locks something, until the transaction that it
-// returns, or the test, ends.
+// Hold runs a statement that locks something, until the transaction that it returns, or the test, ends.
 func (w *World) Hold(t testing.TB, statement string) *sql.Tx {
 	t.Helper()
 	tx, err := w.DB.Begin()
@@ -238,8 +234,7 @@ func One[T any](t testing.TB, w *World, query string, args ...any) T {
 	return v
 }
 
-// Eventually polls f until it returns nil, and fails the test with its last
-// error when that takes longer than limit.
+// Eventually polls f until it returns nil, and fails the test with its last error when that takes longer than limit.
 func Eventually(t testing.TB, limit time.Duration, f func() error) {
 	t.Helper()
 	tick := time.NewTicker(20 * time.Millisecond)
