@@ -60,7 +60,7 @@ func Main(m *testing.M) {
 	// Tests wait more than they compute.
 	flag.Parse()
 	if cores := strconv.Itoa(runtime.GOMAXPROCS(0)); flag.Lookup("test.parallel").Value.String() == cores {
-		_ = flag.Set("test.parallel", "8")
+		_ = flag.Set("test.parallel", "6")
 	}
 	code := m.Run()
 	os.RemoveAll(dir)
