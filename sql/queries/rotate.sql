@@ -10,6 +10,5 @@ WITH locked AS MATERIALIZED (
 UPDATE goods AS g
 SET priority = CASE WHEN g.id = $3 THEN $4 ELSE g.priority + $5 END,
     version = g.version + 1
-FROM locked
-WHERE g.id = locked.id
+WHERE g.id = ANY (ARRAY(SELECT id FROM locked))
 RETURNING g.id, g.priority, g.version
