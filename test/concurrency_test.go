@@ -1,7 +1,6 @@
 package test
 
 import (
-	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"net/http"
@@ -72,15 +71,7 @@ func TestLongMove(t *testing.T) {
 	if details := refused(t, a, 2, "PATCH", "/goods/reprioritize"+target(most+2), somePlace); !strings.Contains(details["newPriority"], fmt.Sprint(most)) {
 		t.Errorf("got details %v, want the limit for newPriority", details)
 	}
-	var reply harness.Reply
-	harness.Eventually(t, time.Minute, func() error { // a busy machine may take more than one request's time
-		if reply = a.Call(t, "PATCH", "/goods/reprioritize"+target(most+1), somePlace); reply.Status != 200 {
-			return fmt.Errorf("got %d %.200s", reply.Status, reply.Body)
-		}
-		return nil
-	})
-	var moved []place
-	harness.Must(t, json.Unmarshal([]byte(reply.Body), &struct{ Priorities *[]place }{&moved}))
+	moved := harness.Want[struct{ Priorities []place }](t, a, 200, "PATCH", "/goods/reprioritize"+target(most+1), somePlace).Priorities
 	harness.Equal(t, fmt.Sprint(len(moved), moved[:2], moved[len(moved)-1]), fmt.Sprint(most+1, []place{{most + 1, 1}, {1, 2}}, place{most, most + 1}), "places")
 	end := a.List(t, 2, most+1).Goods
 	harness.Equal(t, []int{end[0].ID, end[1].ID}, []int{most, most + 2}, "the end of the list")
