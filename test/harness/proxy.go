@@ -1,102 +1,92 @@
 package harness
 
 import (
+	"io"
 	"net"
 	"net/url"
 	"sync"
-	"sync/atomic"
 	"testing"
 )
 
 // Proxy stands between a service and one of its servers, and can spoil what passes.
 type Proxy struct {
-	server         string
-	listener       net.Listener
-	request, reply atomic.Pointer[Hook]
-
-	mu    sync.Mutex
-	shut  bool
-	conns []net.Conn
+	mu             sync.Mutex // guards what follows
+	request, reply Hook       // nil is Forward
+	conns          []net.Conn
 }
 
 // Hook passes part on, or less of it, or later, or something else. It may be called concurrently for different
 // connections; its error ends the connection.
 type Hook func(to net.Conn, part []byte) error
 
-// NewProxy puts a proxy before the server that a variable of w names.
-func (w *World) NewProxy(t testing.TB, variable string) *Proxy {
-	t.Helper()
-	u, err := url.Parse(w.Env[variable])
-	Must(t, err)
-	p := &Proxy{server: u.Host}
-	p.listener, err = net.Listen("tcp", "127.0.0.1:0")
-	Must(t, err)
-	u.Host = p.listener.Addr().String()
-	w.Env[variable] = u.String()
-	p.Pass()
-	t.Cleanup(func() {
-		p.listener.Close()
-		p.Shut()
-	})
-	go func() {
-		for {
-			client, err := p.listener.Accept()
-			if err != nil {
-				return
-			}
-			p.serve(client)
-		}
-	}()
-	return p
-}
-
-func (p *Proxy) serve(client net.Conn) {
-	server, err := net.Dial("tcp", p.server)
-	if err != nil {
-		client.Close()
-		return
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.shut {
-		client.Close()
-		server.Close()
-		return
-	}
-	p.conns = append(p.conns, client, server)
-	go pass(server, client, &p.request)
-	go pass(client, server, &p.reply)
-}
-
-func pass(to, from net.Conn, hook *atomic.Pointer[Hook]) {
-	defer to.Close()
-	defer from.Close()
-	for b := make([]byte, 64<<10); ; {
-		n, err := from.Read(b)
-		if err != nil {
-			return
-		}
-		if err := (*hook.Load())(to, b[:n]); err != nil {
-			return
-		}
-	}
-}
-
-// Forward passes part on unchanged.
+// Forward is the hook that passes part on unchanged.
 func Forward(to net.Conn, part []byte) error {
 	_, err := to.Write(part)
 	return err
 }
 
-// Spoil lets hooks treat what passes from now on; nil passes everything on.
-func (p *Proxy) Spoil(request, reply Hook) {
-	for at, hook := range map[*atomic.Pointer[Hook]]Hook{&p.request: request, &p.reply: reply} {
+// NewProxy puts a proxy before the server that a variable of w names.
+func (w *World) NewProxy(t testing.TB, variable string) *Proxy {
+	t.Helper()
+	u, err := url.Parse(w.Env[variable])
+	Must(t, err)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	Must(t, err)
+	address := u.Host
+	u.Host = listener.Addr().String()
+	w.Env[variable] = u.String()
+	p := &Proxy{}
+	t.Cleanup(func() {
+		listener.Close()
+		p.Shut()
+	})
+	go func() {
+		for {
+			client, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			server, err := net.Dial("tcp", address)
+			if err != nil {
+				client.Close()
+				continue
+			}
+			p.mu.Lock()
+			p.conns = append(p.conns, client, server)
+			p.mu.Unlock()
+			go p.pass(server, client, &p.request)
+			go p.pass(client, server, &p.reply)
+		}
+	}()
+	return p
+}
+
+func (p *Proxy) pass(to, from net.Conn, current *Hook) {
+	defer to.Close()
+	defer from.Close()
+	for b := make([]byte, 64<<10); ; {
+		n, err := from.Read(b)
+		p.mu.Lock()
+		hook := *current
+		p.mu.Unlock()
 		if hook == nil {
 			hook = Forward
 		}
-		at.Store(&hook)
+		if err != nil || hook(to, b[:n]) != nil {
+			return
+		}
 	}
 }
+
+// Spoil lets hooks treat what passes from now on; nil passes everything on.
+func (p *Proxy) Spoil(request, reply Hook) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.request, p.reply = request, reply
+}
+
+// Pass lets everything pass again.
+func (p *Proxy) Pass() { p.Spoil(nil, nil) }
 
 // Freeze holds everything back until the function that it returns is called.
 func (p *Proxy) Freeze() (resume func()) {
@@ -112,19 +102,10 @@ func (p *Proxy) Freeze() (resume func()) {
 	})
 }
 
-// Pass lets everything pass again.
-func (p *Proxy) Pass() {
-	p.Spoil(nil, nil)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.shut = false
-}
-
-// Shut cuts every connection and closes each new one, until Pass.
+// Shut cuts every connection, and each new one at its first byte, until Pass.
 func (p *Proxy) Shut() {
-	p.mu.Lock()
-	p.shut = true
-	p.mu.Unlock()
+	refuse := func(net.Conn, []byte) error { return io.ErrClosedPipe }
+	p.Spoil(refuse, refuse)
 	p.Cut()
 }
 
