@@ -1,9 +1,9 @@
 package test
 
 import (
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
-	"net/http"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -13,117 +13,98 @@ import (
 	"goods/test/harness"
 )
 
-// More clients than TestLinearizability has, so that batches are large; half of the calls are about the same few
-// goods.
+// More clients than TestLinearizability has, so that batches are large. Half of the calls are about the same few goods,
+// and all who create use the same keys, each of which makes one good.
 func TestManyClients(t *testing.T) {
 	t.Parallel()
 	w := harness.NewWorld(t)
 	w.Env["EVENTS_BATCH"] = "50"
 	replicas := []*harness.App{w.Start(t), w.Start(t)}
-	const goods = 60
-	replicas[0].Stock(t, goods)
-	var places sync.Map // of the creates
-	var created, removed, written atomic.Int64
-	harness.Together(32, func(i int) {
-		a := replicas[i/4%2]
-		for n := range 15 {
+	const goods, clients, each = 60, 32, 15
+	makeGoods(t, w, goods)
+	var ids sync.Map // key -> the good that it made
+	var made, removed atomic.Int64
+	harness.Together(clients, func(i int) {
+		for n := range each {
+			call := calls[i%4]
+			if call.method == "DELETE" && n < 10 {
+				call = calls[1] // so that there is something to write before
+			}
 			id := 1 + rand.IntN(goods)
 			if n%2 == 0 {
 				id = 1 + rand.IntN(3)
 			}
-			count := func(done *atomic.Int64, method, path, body string) {
-				if r := a.Call(t, method, path+target(id), body); r.Status == 200 {
-					done.Add(1)
-				} else if r.Status != http.StatusNotFound { // which a removed one is
-					t.Errorf("%s %s: got %d %s", path, body, r.Status, r.Body)
-				}
-			}
+			path := strings.Replace(call.path, target(1), target(id), 1)
+			body := strings.Replace(call.body, "1", fmt.Sprint(1+rand.IntN(2*goods)), 1)
+			r := replicas[i/4%2].Call(t, call.method, path, body, fmt.Sprint(keyHeader, n))
 			switch {
-			case i%4 == 0:
-				if _, repeated := places.LoadOrStore(a.Create(t, "new").Priority, true); repeated {
-					t.Errorf("a priority was given twice")
+			case call.method == "POST" && r.Status <= 201:
+				if r.Status == 201 {
+					made.Add(1)
 				}
-				created.Add(1)
-			case i%4 == 1:
-				count(&written, "PATCH", "/goods/reprioritize", fmt.Sprintf(`{"newPriority":%d}`, 1+rand.IntN(2*goods)))
-			case i%4 == 2 || n < 10:
-				count(&written, "PATCH", "/goods/update", someName)
-			default: // late, so that there is something to write before
-				count(&removed, "DELETE", "/goods/remove", "")
+				var g harness.Good
+				harness.Must(t, json.Unmarshal([]byte(r.Body), &g))
+				first, _ := ids.LoadOrStore(n, g.ID)
+				harness.Equal(t, g.ID, first.(int), "the good of key %d", n)
+			case call.method == "DELETE" && r.Status == 200:
+				removed.Add(1)
+			case call.method == "POST" || r.Status != 200 && r.Status != 404: // which a removed one is
+				t.Errorf("%s %s: got %d %s", path, body, r.Status, r.Body)
 			}
 		}
 	})
-	l := replicas[0].List(t, 1000, 1)
-	harness.Equal(t, l.Meta.Total, goods+int(created.Load()), "goods")
-	harness.Equal(t, l.Meta.Removed, int(removed.Load()), "removed goods")
-	if events := w.Settled(t, 30*time.Second); events < l.Meta.Total+int(removed.Load()) || written.Load() < 100 {
-		t.Errorf("got %d events for %d goods, %d of them removed, and %d other writes", events, l.Meta.Total, removed.Load(), written.Load())
+	l := replicas[0].List(t, 1, 1)
+	got, want := []int64{made.Load(), int64(l.Meta.Total), int64(l.Meta.Removed)}, []int64{each, goods + each, removed.Load()}
+	harness.Equal(t, got, want, "new goods, all goods, removed goods")
+	if events := w.Settled(t, 30*time.Second); events < l.Meta.Total+l.Meta.Removed+100 {
+		t.Errorf("got %d events for %d goods, %d of them removed: hardly any update or move", events, l.Meta.Total, l.Meta.Removed)
 	}
 }
 
 // A move renumbers at most 20,000 goods within a request's time, and says so of a longer one.
 func TestLongMove(t *testing.T) {
-	t.Parallel()
-	w := harness.NewWorld(t)
-	a := w.Start(t, "EVENTS_BATCH=1000")
+	w, a := started(t, "EVENTS_BATCH=1000")
 	const most = 20_000
-	w.Exec(t, fmt.Sprintf(`INSERT INTO goods (project_id, name) SELECT 1, n::text FROM generate_series(1, %d) AS n`, most+2))
-	if details := refused(t, a, 2, "PATCH", "/goods/reprioritize"+target(most+2), somePlace); !strings.Contains(details["newPriority"], fmt.Sprint(most)) {
+	makeGoods(t, w, most+2)
+	details := refused(t, a, 2, "PATCH", "/goods/reprioritize"+target(most+2), somePlace)
+	if !strings.Contains(details["newPriority"], fmt.Sprint(most)) {
 		t.Errorf("got details %v, want the limit for newPriority", details)
 	}
-	moved := harness.Want[struct{ Priorities []place }](t, a, 200, "PATCH", "/goods/reprioritize"+target(most+1), somePlace).Priorities
-	harness.Equal(t, fmt.Sprint(len(moved), moved[:2], moved[len(moved)-1]), fmt.Sprint(most+1, []place{{most + 1, 1}, {1, 2}}, place{most, most + 1}), "places")
+	moved := harness.Want[answer](t, a, 200, "PATCH", "/goods/reprioritize"+target(most+1), somePlace).Priorities
+	harness.Equal(t, []any{len(moved), moved[0], moved[1], moved[most]},
+		[]any{most + 1, place{most + 1, 1}, place{1, 2}, place{most, most + 1}}, "places")
 	end := a.List(t, 2, most+1).Goods
 	harness.Equal(t, []int{end[0].ID, end[1].ID}, []int{most, most + 2}, "the end of the list")
 }
 
-// Moves wait for each other, and must not take what other calls need.
-func TestMovesThatWait(t *testing.T) {
-	t.Parallel()
-	w := harness.NewWorld(t)
-	a := w.Start(t)
-	a.Stock(t, 5)
-	tx := w.Hold(t, `SELECT lock_priorities()`)
-	const clients = 64
-	var given atomic.Int64
-	var moves sync.WaitGroup
-	for range clients {
-		moves.Go(func() {
+// Moves wait for each other, and who asks for a good that is locked elsewhere waits for it. Neither may hold up, or take
+// what is needed by, any other call.
+func TestCallsThatWait(t *testing.T) {
+	w, a := started(t, "EVENTS_BATCH=50")
+	a.Stock(t, 12)
+	tx := w.Hold(t, `SELECT lock_priorities(); SELECT FROM goods WHERE id = 1 FOR UPDATE`)
+	var given, served atomic.Int64
+	harness.Together(72, func(i int) {
+		switch {
+		case i < 64:
 			refused(t, a, 8, "PATCH", "/goods/reprioritize"+target(1), `{"newPriority":5}`)
 			given.Add(1)
-		})
-	}
-	served := 0
-	for ; given.Load() == 0; served++ {
-		a.List(t, 10, 1)
-		ok(t, a, "PATCH", "/goods/update"+target(2), someName)
-	}
-	moves.Wait()
-	if served < 20 {
-		t.Errorf("%d lists and updates were served while moves waited for seconds", served)
-	}
-	harness.Must(t, tx.Rollback())
-	ok(t, a, "PATCH", "/goods/reprioritize"+target(1), `{"newPriority":5}`)
-	w.Settled(t, 15*time.Second)
-}
-
-// A good that is locked elsewhere holds up only those who ask for it.
-func TestLockedGood(t *testing.T) {
-	t.Parallel()
-	w := harness.NewWorld(t)
-	a := w.Start(t)
-	a.Stock(t, 12)
-	tx := w.Hold(t, `SELECT FROM goods WHERE id = 1 FOR UPDATE`)
-	harness.Together(24, func(i int) {
-		for range 2 {
-			if i%12 == 0 {
-				refused(t, a, 8, "PATCH", "/goods/update"+target(1), someName)
-			} else {
-				ok(t, a, "PATCH", "/goods/update"+target(1+i%12), someName)
+		case i < 68:
+			refused(t, a, 8, "PATCH", "/goods/update"+target(1), someName)
+			given.Add(1)
+		default:
+			for n := 0; given.Load() == 0; n++ {
+				a.List(t, 10, 1)
+				ok(t, a, "PATCH", "/goods/update"+target(2+n%11), someName)
+				served.Add(1)
 			}
 		}
 	})
+	if n := served.Load(); n < 20 {
+		t.Errorf("%d lists and updates were served while others waited for seconds", n)
+	}
 	harness.Must(t, tx.Rollback())
+	ok(t, a, "PATCH", "/goods/reprioritize"+target(1), `{"newPriority":5}`)
 	ok(t, a, "PATCH", "/goods/update"+target(1), someName)
 	w.Settled(t, 15*time.Second)
 }

@@ -17,8 +17,7 @@ import (
 // Every call of openapi.yaml works as its examples say, and the examples of its replies are right. Real replies, here
 // and in every other test, are checked where they arrive.
 func TestOpenAPIExamples(t *testing.T) {
-	t.Parallel()
-	a := harness.NewWorld(t).Start(t)
+	_, a := started(t)
 	a.Stock(t, 3)
 	text := harness.File(t, "openapi.yaml")
 	served := a.Call(t, "GET", "/openapi.yaml", "")

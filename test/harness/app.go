@@ -1,7 +1,6 @@
 package harness
 
 import (
-	"bytes"
 	"cmp"
 	"encoding/json"
 	"fmt"
@@ -9,6 +8,8 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -41,10 +42,10 @@ type Reply struct {
 // App is a service that runs.
 type App struct {
 	URL     string
-	Log     *Log
 	Process *os.Process
 	Stop    func() error // ends it with SIGTERM, and returns how it ended; may be called again
 	t       testing.TB
+	log     string // a file
 	checked bool
 }
 
@@ -52,9 +53,10 @@ type App struct {
 func (w *World) Command(args []string, overrides ...string) *exec.Cmd {
 	cmd := exec.Command(cmp.Or(w.Program, program), args...)
 	cmd.Env = []string{} // not the test's own
-	for name, value := range w.with(overrides) {
+	for name, value := range w.Env {
 		cmd.Env = append(cmd.Env, name+"="+value)
 	}
+	cmd.Env = append(cmd.Env, overrides...) // the last one counts
 	return cmd
 }
 
@@ -70,33 +72,31 @@ func (w *World) Start(t testing.TB, overrides ...string) *App {
 func (w *World) Launch(t testing.TB, overrides ...string) *App {
 	t.Helper()
 	cmd := w.Command(nil, overrides...)
-	a := &App{Log: &Log{}, t: t, checked: !w.Unchecked}
+	a := &App{t: t, log: filepath.Join(t.TempDir(), "log"), checked: !w.Unchecked}
 	if a.checked {
-		_, err := contract() // not while a test measures time
-		Must(t, err)
+		contract() // reads it now, not while a test measures time
 	}
-	cmd.Stdout, cmd.Stderr = a.Log, a.Log
+	log, err := os.Create(a.log)
+	Must(t, err)
+	defer log.Close()
+	cmd.Stdout, cmd.Stderr = log, log
 	Must(t, cmd.Start())
 	a.Process = cmd.Process
-	done := make(chan error, 1)
-	go func() { done <- cmd.Wait() }()
 	a.Stop = sync.OnceValue(func() error {
 		_ = cmd.Process.Signal(syscall.SIGTERM) // it may have been killed
-		select {
-		case err := <-done:
-			return err
-		case <-time.After(30 * time.Second):
-			_ = cmd.Process.Kill()
-			return fmt.Errorf("the service does not end")
-		}
+		defer time.AfterFunc(30*time.Second, func() { _ = cmd.Process.Kill() }).Stop()
+		return cmd.Wait()
 	})
 	t.Cleanup(func() {
 		_ = a.Stop()
-		if log := a.Log.String(); strings.Contains(log, "DATA RACE") || strings.Contains(log, "panic") {
+		if log := a.Log(); strings.Contains(log, "DATA RACE") || strings.Contains(log, "panic") {
 			t.Error("the service had a data race or a panic")
 		}
 		if t.Failed() {
-			t.Logf("log of the service:\n%s", a.Log.tail(100))
+			lines := slices.DeleteFunc(strings.Split(a.Log(), "\n"), func(line string) bool { // it went well
+				return strings.Contains(line, `"msg":"request"`) && strings.Contains(line, `"err":null`)
+			})
+			t.Logf("log of the service:\n%s", strings.Join(lines[max(0, len(lines)-100):], "\n"))
 		}
 	})
 	return a
@@ -105,67 +105,34 @@ func (w *World) Launch(t testing.TB, overrides ...string) *App {
 // Await waits until the service listens, and learns its address.
 func (a *App) Await(t testing.TB) {
 	t.Helper()
-	Eventually(t, 30*time.Second, func() error {
-		for _, entry := range a.Log.Lines("listening") {
-			a.URL = fmt.Sprintf("http://%v", entry["addr"])
-			return nil
-		}
-		return fmt.Errorf("the service does not listen:\n%s", a.Log.String())
-	})
+	a.URL = fmt.Sprintf("http://%v", a.AwaitLines(t, "listening", 1)[0]["addr"])
 }
 
-// Log is what a service logs. It may be used concurrently.
-type Log struct {
-	mu sync.Mutex
-	b  bytes.Buffer
+// Log returns what the service has logged.
+func (a *App) Log() string {
+	text, err := os.ReadFile(a.log)
+	Must(a.t, err)
+	return string(text)
 }
 
-func (l *Log) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *Log) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
-// Lines returns the entries with this message.
-func (l *Log) Lines(message string) []map[string]any {
-	var found []map[string]any
-	for line := range strings.Lines(l.String()) {
-		var entry map[string]any
-		if json.Unmarshal([]byte(line), &entry) == nil && entry["msg"] == message {
-			found = append(found, entry)
-		}
-	}
-	return found
-}
-
-// AwaitLines waits for n lines with this message, and returns them. What the service logs arrives a moment later than
-// what it answers.
-func (a *App) AwaitLines(t testing.TB, message string, n int) (lines []map[string]any) {
+// AwaitLines waits for n entries of the log with this message, and returns them. What the service logs arrives a moment
+// later than what it answers.
+func (a *App) AwaitLines(t testing.TB, message string, n int) (found []map[string]any) {
 	t.Helper()
-	Eventually(t, 15*time.Second, func() error {
-		if lines = a.Log.Lines(message); len(lines) < n {
-			return fmt.Errorf("got %d lines %q in the log, want %d", len(lines), message, n)
+	Eventually(t, 30*time.Second, func() error {
+		found = nil
+		for line := range strings.Lines(a.Log()) {
+			var entry map[string]any
+			if json.Unmarshal([]byte(line), &entry) == nil && entry["msg"] == message {
+				found = append(found, entry)
+			}
+		}
+		if len(found) < n {
+			return fmt.Errorf("got %d lines %q in the log, want %d", len(found), message, n)
 		}
 		return nil
 	})
-	return lines
-}
-
-// tail returns the last n lines, but for requests that went well.
-func (l *Log) tail(n int) string {
-	var lines []string
-	for line := range strings.SplitSeq(l.String(), "\n") {
-		if !strings.Contains(line, `"msg":"request"`) || !strings.Contains(line, `"err":null`) {
-			lines = append(lines, line)
-		}
-	}
-	return strings.Join(lines[max(0, len(lines)-n):], "\n")
+	return found
 }
 
 // Ready returns an error unless the service reports all four servers as up.
@@ -182,25 +149,11 @@ var Client = &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{
 
 // Try sends one request, with header lines such as "Idempotency-Key: x". Whatever is answered must be as openapi.yaml
 // says, or the test fails.
-func (a *App) Try(method, path, body string, header ...string) (Reply, error) {
-	return a.send(a.t, method, path, body, header)
-}
-
-// Call is Try for a service that must answer.
-func (a *App) Call(t testing.TB, method, path, body string, header ...string) Reply {
-	t.Helper()
-	r, err := a.send(t, method, path, body, header)
-	if err != nil {
-		t.Fatalf("%s %s: %v", method, path, err)
-	}
-	return r
-}
-
-func (a *App) send(t testing.TB, method, path, body string, header []string) (Reply, error) {
-	t.Helper()
+func (a *App) Try(method, path, body string, header ...string) (r Reply, err error) {
+	a.t.Helper()
 	request, err := http.NewRequest(method, a.URL+path, strings.NewReader(body))
 	if err != nil {
-		return Reply{}, err
+		return r, err
 	}
 	for _, line := range header {
 		name, value, _ := strings.Cut(line, ": ")
@@ -208,18 +161,28 @@ func (a *App) send(t testing.TB, method, path, body string, header []string) (Re
 	}
 	response, err := Client.Do(request)
 	if err != nil {
-		return Reply{}, err
+		return r, err
 	}
 	defer response.Body.Close()
 	text, err := io.ReadAll(response.Body)
 	if err != nil {
-		return Reply{}, err
+		return r, err
 	}
-	r := Reply{response.StatusCode, response.Header, string(text)}
+	r = Reply{response.StatusCode, response.Header, string(text)}
 	if a.checked {
-		r.check(t, method, path)
+		r.check(a.t, method, path)
 	}
 	return r, nil
+}
+
+// Call is Try for a service that must answer.
+func (a *App) Call(t testing.TB, method, path, body string, header ...string) Reply {
+	t.Helper()
+	r, err := a.Try(method, path, body, header...)
+	if err != nil {
+		t.Fatalf("%s %s: %v", method, path, err)
+	}
+	return r
 }
 
 // Want calls and checks the status; the reply is decoded into a T.
@@ -230,18 +193,14 @@ func Want[T any](t testing.TB, a *App, status int, method, path, body string, he
 		t.Fatalf("%s %s %.200s: got %d %s, want %d", method, path, body, r.Status, r.Body, status)
 	}
 	var v T
-	if err := json.Unmarshal([]byte(r.Body), &v); err != nil {
-		t.Fatalf("%s %s: %v in %s", method, path, err, r.Body)
-	}
+	Must(t, json.Unmarshal([]byte(r.Body), &v))
 	return v
 }
 
 // Create creates a good in project 1.
 func (a *App) Create(t testing.TB, name string) Good {
 	t.Helper()
-	body, err := json.Marshal(map[string]string{"name": name})
-	Must(t, err)
-	return Want[Good](t, a, http.StatusCreated, "POST", "/goods/create?projectId=1", string(body))
+	return Want[Good](t, a, http.StatusCreated, "POST", "/goods/create?projectId=1", fmt.Sprintf(`{"name":%q}`, name))
 }
 
 // Stock creates n goods, named 1 to n.

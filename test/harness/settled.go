@@ -3,7 +3,7 @@ package harness
 import (
 	"encoding/json"
 	"fmt"
-	"maps"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -17,60 +17,41 @@ import (
 // events.
 func (w *World) Settled(t testing.TB, limit time.Duration) int {
 	t.Helper()
-	Eventually(t, limit, func() error {
-		var rows int
-		err := w.DB.QueryRow(`SELECT count(*) FROM outbox`).Scan(&rows)
-		if err == nil && rows > 0 {
-			err = fmt.Errorf("%d events are still in the outbox", rows)
-		}
-		return err
-	})
-	const priorities = `SELECT count(*) FROM (SELECT priority, row_number() OVER (ORDER BY priority) AS n FROM goods) AS g WHERE priority <> n`
-	Equal(t, One[int](t, w, priorities), 0, "priorities that are not their position")
-	const counts = `SELECT concat(count(*), ' ', count(*) FILTER (WHERE removed)) FROM goods`
-	Equal(t, One[string](t, w, `SELECT string_agg(concat(total, ' ', removed), ', ') FROM meta`), One[string](t, w, counts), "meta")
+	AwaitEqual(t, limit, func() int { return One[int](t, w, `SELECT count(*) FROM outbox`) }, 0, "events in the outbox")
+	const counted = `
+SELECT concat_ws(' ', count(*), count(*) FILTER (WHERE removed), count(*) FILTER (WHERE priority <> position))
+FROM (SELECT *, row_number() OVER (ORDER BY priority) AS position FROM goods) AS g`
+	meta := One[string](t, w, `SELECT string_agg(concat_ws(' ', total, removed, 0), ', ') FROM meta`)
+	Equal(t, One[string](t, w, counted), meta, "goods, removed goods, and priorities that are not the position")
 
-	stored, versions := map[string]string{}, map[string]int{}
-	rows, err := w.DB.Query(`SELECT id, version, concat_ws('|', project_id, name, description, priority, removed::int) FROM goods`)
-	Must(t, err)
-	defer rows.Close()
+	stored := map[string]string{} // "id:version" -> the good
+	const rows = `
+SELECT coalesce(json_object_agg(concat(id, ':', version), concat_ws('|', project_id, name, description, priority, removed::int)), '{}')
+FROM goods`
+	Must(t, json.Unmarshal(One[[]byte](t, w, rows), &stored))
+	var versions, texts []string
+	Must(t, w.ClickHouse.QueryRow(t.Context(), `
+SELECT groupArray(concat(toString(Id), ':', toString(Version))),
+       groupArray(concat(toString(ProjectId), '|', Name, '|', Description, '|', toString(Priority), '|', toString(Removed)))
+FROM goods_log FINAL`).Scan(&versions, &texts))
+	events := map[string]string{} // the same of every version
+	for i, version := range versions {
+		events[version] = texts[i]
+	}
+
 	expected := 0
-	for rows.Next() {
-		var id, text string
-		var version int
-		Must(t, rows.Scan(&id, &version, &text))
-		stored[id], versions[id] = text, version
-		expected += version
-	}
-	Must(t, rows.Err())
-
-	events := map[string]string{} // "id:version" -> the good
-	logged, err := w.ClickHouse.Query(t.Context(), `
-SELECT concat(toString(Id), ':', toString(Version)),
-       concat(toString(ProjectId), '|', Name, '|', Description, '|', toString(Priority), '|', toString(Removed))
-FROM goods_log FINAL`)
-	Must(t, err)
-	defer logged.Close()
-	for logged.Next() {
-		var version, text string
-		Must(t, logged.Scan(&version, &text))
-		events[version] = text
-	}
-	Must(t, logged.Err())
-	latest := map[string]string{}
-	for id, version := range versions {
-		for n := 1; n <= version; n++ {
-			if text, ok := events[fmt.Sprint(id, ":", n)]; !ok {
-				t.Errorf("ClickHouse has no version %d of good %s", n, id)
-			} else if n == version {
-				latest[id] = text
+	for latest, text := range stored {
+		Equal(t, events[latest], text, "the event %s", latest)
+		id, version, _ := strings.Cut(latest, ":")
+		last, _ := strconv.Atoi(version)
+		expected += last
+		for n := range last {
+			if _, ok := events[fmt.Sprint(id, ":", n+1)]; !ok {
+				t.Errorf("ClickHouse has no version %d of good %s", n+1, id)
 			}
 		}
 	}
 	Equal(t, len(events), expected, "distinct events in ClickHouse")
-	if !maps.Equal(latest, stored) {
-		t.Errorf("the latest events are %v, Postgres has %v", latest, stored)
-	}
 	w.checkCache(t, events)
 	return len(events)
 }
@@ -78,19 +59,16 @@ FROM goods_log FINAL`)
 // checkCache compares every good in Redis with the event of its version.
 func (w *World) checkCache(t testing.TB, events map[string]string) {
 	t.Helper()
-	conn := w.Redis.Get()
-	defer conn.Close()
-	keys, err := redis.Strings(conn.Do("KEYS", w.Namespace+":*:*:*"))
+	keys, err := redis.Strings(w.Redis(t, "KEYS", w.Namespace+":*:*:*"), nil)
 	Must(t, err)
 	for _, key := range keys {
-		cached, err := redis.Bytes(conn.Do("GET", key))
+		cached, err := redis.Bytes(w.Redis(t, "GET", key), nil)
 		if err == redis.ErrNil {
 			continue // it has just expired
 		}
 		var g Good
 		Must(t, json.Unmarshal(cached, &g))
-		removed := map[bool]int{true: 1}[g.Removed]
-		Equal(t, fmt.Sprintf("%d|%s|%s|%d|%d", g.ProjectID, g.Name, g.Description, g.Priority, removed), events[strings.SplitN(key, ":", 3)[2]], "%s in Redis", key)
-		Equal(t, g.CreatedAt, One[time.Time](t, w, `SELECT created_at FROM goods WHERE id = $1`, g.ID).UTC(), "%s in Redis", key)
+		text := fmt.Sprintf("%d|%s|%s|%d|%d", g.ProjectID, g.Name, g.Description, g.Priority, map[bool]int{true: 1}[g.Removed])
+		Equal(t, text, events[strings.SplitN(key, ":", 3)[2]], "%s in Redis", key)
 	}
 }

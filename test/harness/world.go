@@ -9,7 +9,7 @@ import (
 	"database/sql"
 	"flag"
 	"fmt"
-	"maps"
+	"log"
 	"net/url"
 	"os"
 	"os/exec"
@@ -17,6 +17,7 @@ import (
 	"reflect"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -40,22 +41,21 @@ var program string
 func Main(m *testing.M) {
 	for _, name := range serverVariables {
 		if os.Getenv(name) == "" {
-			fatalf(`%s is not set: use make test, or start the servers with scripts/servers.sh start and set the variables with eval "$(scripts/servers.sh env)"`, name)
+			log.Fatalf(`%s is not set: use make test, or scripts/servers.sh start and then eval "$(scripts/servers.sh env)"`, name)
 		}
 	}
 	dir, err := os.MkdirTemp("", "goods-test-")
 	if err != nil {
-		fatalf("%v", err)
+		log.Fatal(err)
 	}
 	program = filepath.Join(dir, "goods")
-	args := []string{"build", "-buildvcs=false", "-ldflags", "-X main.version=test", "-o", program}
-	if info, ok := debug.ReadBuildInfo(); ok && strings.Contains(info.String(), "\t-race=true") {
-		args = append(args, "-race")
+	build := exec.Command("go", "build", "-buildvcs=false", "-ldflags", "-X main.version=test", "-o", program)
+	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+		build.Args = append(build.Args, "-race")
 	}
-	build := exec.Command("go", append(args, ".")...)
 	build.Dir = root()
 	if out, err := build.CombinedOutput(); err != nil {
-		fatalf("go build: %v\n%s", err, out)
+		log.Fatalf("go build: %v\n%s", err, out)
 	}
 	// Tests wait more than they compute.
 	flag.Parse()
@@ -67,20 +67,11 @@ func Main(m *testing.M) {
 	os.Exit(code)
 }
 
-func fatalf(format string, args ...any) {
-	fmt.Fprintf(os.Stderr, format+"\n", args...)
-	os.Exit(1)
-}
-
 // root returns the folder of the service's module.
-var root = sync.OnceValue(func() string {
-	for dir, err := os.Getwd(); err == nil && dir != "/"; dir = filepath.Dir(dir) {
-		if _, err := os.Stat(filepath.Join(dir, "openapi.yaml")); err == nil {
-			return dir
-		}
-	}
-	panic("the tests do not run in a folder below the service's")
-})
+func root() string {
+	_, file, _, _ := runtime.Caller(0)
+	return filepath.Join(filepath.Dir(file), "..", "..")
+}
 
 // File returns a file of the service's module.
 func File(t testing.TB, name string) []byte {
@@ -96,11 +87,11 @@ type World struct {
 	Env        map[string]string // of the service
 	Namespace  string
 	DB         *sql.DB
-	Redis      *redis.Pool
 	JS         jetstream.JetStream
 	ClickHouse clickhouse.Conn
 	Unchecked  bool   // replies are not compared with openapi.yaml
 	Program    string // another build than the one under test, if not empty
+	redisURL   string // without a proxy
 }
 
 // NewWorld makes a world on the servers that the environment names, changed by overrides such as "REDIS_URL=…". It is
@@ -108,13 +99,18 @@ type World struct {
 func NewWorld(t testing.TB, overrides ...string) *World {
 	t.Helper()
 	ctx := context.Background()
-	namespace := "test-" + strings.ToLower(rand.Text()[:12])
-	w := &World{Namespace: namespace, Env: map[string]string{"HTTP_ADDR": "127.0.0.1:0", "LOG_LEVEL": "debug", "NAMESPACE": namespace}}
+	id := strings.ToLower(rand.Text()[:12])
+	w := &World{Namespace: "test-" + id}
+	w.Env = map[string]string{"HTTP_ADDR": "127.0.0.1:0", "LOG_LEVEL": "debug", "NAMESPACE": w.Namespace}
 	for _, name := range serverVariables {
 		w.Env[name] = os.Getenv(name)
 	}
-	w.Env = w.with(overrides)
-	name := strings.ReplaceAll(namespace, "-", "_")
+	for _, o := range overrides {
+		name, value, _ := strings.Cut(o, "=")
+		w.Env[name] = value
+	}
+	w.redisURL = w.Env["REDIS_URL"]
+	name := "test_" + id
 
 	admin, err := sql.Open("postgres", w.Env["POSTGRES_URL"])
 	Must(t, err)
@@ -124,13 +120,17 @@ func NewWorld(t testing.TB, overrides ...string) *World {
 	w.DB, err = sql.Open("postgres", w.Env["POSTGRES_URL"])
 	Must(t, err)
 
-	chAdmin := openClickHouse(t, w.Env["CLICKHOUSE_URL"])
-	Must(t, chAdmin.Exec(ctx, "CREATE DATABASE "+name))
+	options, err := clickhouse.ParseDSN(w.Env["CLICKHOUSE_URL"])
+	Must(t, err)
+	creator, err := clickhouse.Open(options)
+	Must(t, err)
+	Must(t, creator.Exec(ctx, "CREATE DATABASE "+name))
+	Must(t, creator.Close())
 	w.Env["CLICKHOUSE_URL"] = WithPath(t, w.Env["CLICKHOUSE_URL"], name)
-	w.ClickHouse = openClickHouse(t, w.Env["CLICKHOUSE_URL"])
+	options.Auth.Database = name
+	w.ClickHouse, err = clickhouse.Open(options)
+	Must(t, err)
 
-	redisURL := w.Env["REDIS_URL"]
-	w.Redis = &redis.Pool{MaxIdle: 4, Dial: func() (redis.Conn, error) { return redis.DialURL(redisURL) }}
 	nc, err := nats.Connect(w.Env["NATS_URL"], nats.MaxReconnects(-1), nats.ReconnectWait(100*time.Millisecond))
 	Must(t, err)
 	w.JS, err = jetstream.New(nc)
@@ -149,21 +149,10 @@ func NewWorld(t testing.TB, overrides ...string) *World {
 		defer cancel()
 		_, _ = admin.ExecContext(patient, "DROP DATABASE "+name+" WITH (FORCE)")
 		admin.Close()
+		_ = w.ClickHouse.Exec(limited, "DROP DATABASE "+name)
 		w.ClickHouse.Close()
-		_ = chAdmin.Exec(limited, "DROP DATABASE "+name)
-		chAdmin.Close()
-		w.Redis.Close()
 	})
 	return w
-}
-
-func openClickHouse(t testing.TB, url string) clickhouse.Conn {
-	t.Helper()
-	options, err := clickhouse.ParseDSN(url)
-	Must(t, err)
-	conn, err := clickhouse.Open(options)
-	Must(t, err)
-	return conn
 }
 
 // WithPath returns rawURL with another path.
@@ -173,16 +162,6 @@ func WithPath(t testing.TB, rawURL, path string) string {
 	Must(t, err)
 	u.Path = "/" + path
 	return u.String()
-}
-
-// with returns the service's environment, changed by overrides.
-func (w *World) with(overrides []string) map[string]string {
-	env := maps.Clone(w.Env)
-	for _, o := range overrides {
-		name, value, _ := strings.Cut(o, "=")
-		env[name] = value
-	}
-	return env
 }
 
 // Stream and Subject are where the service's events travel.
@@ -208,9 +187,8 @@ func Equal[T any](t testing.TB, got, want T, format string, args ...any) {
 // Exec runs statements on Postgres.
 func (w *World) Exec(t testing.TB, statements string) {
 	t.Helper()
-	if _, err := w.DB.Exec(statements); err != nil {
-		t.Fatalf("%s: %v", statements, err)
-	}
+	_, err := w.DB.Exec(statements)
+	Must(t, err)
 }
 
 // Hold runs a statement that locks something, until the transaction that it returns, or the test, ends.
@@ -234,12 +212,22 @@ func One[T any](t testing.TB, w *World, query string, args ...any) T {
 	return v
 }
 
+// Redis runs a command on Redis.
+func (w *World) Redis(t testing.TB, command string, args ...any) any {
+	t.Helper()
+	conn, err := redis.DialURL(w.redisURL)
+	Must(t, err)
+	defer conn.Close()
+	reply, err := conn.Do(command, args...)
+	Must(t, err)
+	return reply
+}
+
 // Eventually polls f until it returns nil, and fails the test with its last error when that takes longer than limit.
 func Eventually(t testing.TB, limit time.Duration, f func() error) {
 	t.Helper()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for deadline := time.Now().Add(limit); ; {
+	deadline := time.Now().Add(limit)
+	for tick := time.Tick(20 * time.Millisecond); ; <-tick {
 		err := f()
 		if err == nil {
 			return
@@ -247,8 +235,18 @@ func Eventually(t testing.TB, limit time.Duration, f func() error) {
 		if time.Now().After(deadline) {
 			t.Fatalf("after %v: %v", limit, err)
 		}
-		<-tick.C
 	}
+}
+
+// AwaitEqual polls get until it returns want. The rest of the message says what that is.
+func AwaitEqual[T any](t testing.TB, limit time.Duration, get func() T, want T, format string, args ...any) {
+	t.Helper()
+	Eventually(t, limit, func() error {
+		if got := get(); !reflect.DeepEqual(got, want) {
+			return fmt.Errorf("%s: got %+v, want %+v", fmt.Sprintf(format, args...), got, want)
+		}
+		return nil
+	})
 }
 
 // Together runs f in n goroutines at once and waits for them.
