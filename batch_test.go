@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"io"
 	"log/slog"
 	"slices"
 	"sync"
@@ -24,7 +23,6 @@ func (q ask) apart() any { return q.key }
 func testBatcher(run func([]ask) ([]result[int], error)) (*batcher[ask, int], *[][]int) {
 	var mu sync.Mutex
 	var batches [][]int
-	log := slog.New(slog.NewTextHandler(io.Discard, nil))
 	b := newBatcher("test", 4, func(requests []ask) ([]result[int], error) {
 		var batch []int
 		for _, q := range requests {
@@ -34,16 +32,21 @@ func testBatcher(run func([]ask) ([]result[int], error)) (*batcher[ask, int], *[
 		batches = append(batches, batch)
 		mu.Unlock()
 		return run(requests)
-	}, newMetrics(nil), log)
+	}, newMetrics(nil), slog.New(slog.DiscardHandler))
 	return b, &batches
 }
 
-func echo(requests []ask) ([]result[int], error) {
-	var results []result[int]
+func echo(requests []ask) (results []result[int], err error) {
 	for _, q := range requests {
 		results = append(results, result[int]{answer: q.n})
 	}
 	return results, nil
+}
+
+// slowEcho takes as many milliseconds as it has requests.
+func slowEcho(requests []ask) ([]result[int], error) {
+	time.Sleep(time.Duration(len(requests)) * time.Millisecond)
+	return echo(requests)
 }
 
 // ended is what a call came to.
@@ -76,10 +79,7 @@ func asks(from, to int) (requests []ask) {
 
 func TestBatchTakesWhatWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b, batches := testBatcher(func(requests []ask) ([]result[int], error) {
-			time.Sleep(time.Millisecond)
-			return echo(requests)
-		})
+		b, batches := testBatcher(slowEcho)
 		done := start(b, append(asks(1, 6), ask{7, "a"}, ask{8, "a"}, ask{9, "b"})...)
 		for range 9 {
 			if e := <-done; e.err != nil || e.answer != e.n {
@@ -101,6 +101,11 @@ func TestBatchAnswersInTime(t *testing.T) {
 			return echo(requests)
 		})
 		done := start(b, asks(1, 3)...)
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		if _, err := b.do(ctx, ask{n: 4}); !errors.Is(err, context.Canceled) {
+			t.Errorf("a caller who goes away: got %v, want %v", err, context.Canceled)
+		}
 		for range 3 { // the first runs, the others wait
 			if e := <-done; !errors.Is(e.err, context.DeadlineExceeded) || e.took != requestTimeout {
 				t.Errorf("call %d: got %v after %v, want an error after %v", e.n, e.err, e.took, requestTimeout)
@@ -108,81 +113,46 @@ func TestBatchAnswersInTime(t *testing.T) {
 		}
 		close(release)
 		synctest.Wait()
-		if want := [][]int{{1}}; !slices.EqualFunc(*batches, want, slices.Equal) {
-			t.Errorf("got batches %v, want %v: what has not begun never will", *batches, want)
+		if len(*batches) != 1 {
+			t.Errorf("got batches %v, want the first: what has not begun never will", *batches)
 		}
-		if e := <-start(b, ask{n: 4}); e.err != nil {
+		if e := <-start(b, ask{n: 5}); e.err != nil {
 			t.Errorf("after the batch that hung: %v", e.err)
-		}
-	})
-}
-
-func TestBatchCallerGoesAway(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b, batches := testBatcher(func(requests []ask) ([]result[int], error) {
-			time.Sleep(time.Millisecond)
-			return echo(requests)
-		})
-		first := start(b, ask{n: 1})
-		ctx, cancel := context.WithCancel(context.Background())
-		cancel()
-		if _, err := b.do(ctx, ask{n: 2}); !errors.Is(err, context.Canceled) {
-			t.Errorf("got %v, want %v", err, context.Canceled)
-		}
-		<-first
-		synctest.Wait()
-		if want := [][]int{{1}}; !slices.EqualFunc(*batches, want, slices.Equal) {
-			t.Errorf("got batches %v, want %v", *batches, want)
 		}
 	})
 }
 
 func TestBatchFailures(t *testing.T) {
 	bad := errors.New("bad request")
+	unknown := map[int]error{2: errOutcomeUnknown, 3: errOutcomeUnknown, 4: errOutcomeUnknown}
 	for name, test := range map[string]struct {
-		run  func(requests []ask) ([]result[int], error) // answers 1 first, then the rest
-		fail map[int]error                               // by call
-		runs int
+		fails func(requests []ask) error // 1 comes first and does not, then come the rest
+		want  map[int]error              // by call
+		runs  int
 	}{
-		"a failure stays with its request": {
-			run: func(requests []ask) ([]result[int], error) {
-				if slices.ContainsFunc(requests, func(q ask) bool { return q.n == 3 }) {
-					return nil, bad
-				}
-				return echo(requests)
-			},
-			fail: map[int]error{3: bad}, runs: 1 + 1 + 3,
-		},
-		"an unknown outcome is not tried again": {
-			run: func(requests []ask) ([]result[int], error) {
-				if len(requests) > 1 {
-					return nil, errOutcomeUnknown
-				}
-				return echo(requests)
-			},
-			fail: map[int]error{2: errOutcomeUnknown, 3: errOutcomeUnknown, 4: errOutcomeUnknown}, runs: 1 + 1,
-		},
-		"a panic is an unknown outcome": {
-			run: func(requests []ask) ([]result[int], error) {
-				if len(requests) > 1 {
-					panic("unforeseen")
-				}
-				return echo(requests)
-			},
-			fail: map[int]error{2: errOutcomeUnknown, 3: errOutcomeUnknown, 4: errOutcomeUnknown}, runs: 1 + 1,
-		},
+		"a failure stays with its request": {func(requests []ask) error {
+			if slices.Contains(requests, ask{n: 3}) {
+				return bad
+			}
+			return nil
+		}, map[int]error{3: bad}, 1 + 1 + 3},
+		"an unknown outcome is not tried again": {func([]ask) error { return errOutcomeUnknown }, unknown, 1 + 1},
+		"a panic is an unknown outcome":         {func([]ask) error { panic("unforeseen") }, unknown, 1 + 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				b, batches := testBatcher(func(requests []ask) ([]result[int], error) {
-					time.Sleep(time.Duration(len(requests)) * time.Millisecond) // never two at the same moment
-					return test.run(requests)
+					results, err := slowEcho(requests)
+					if requests[0].n > 1 {
+						err = test.fails(requests)
+					}
+					return results, err
 				})
-				b.alone = make(chan struct{}, 1)
+				b.alone = make(chan struct{}, 1) // one slot, which each has to free
 				done := start(b, asks(1, 4)...)
 				for range 4 {
-					if e := <-done; !errors.Is(e.err, test.fail[e.n]) || test.fail[e.n] == nil && e.err != nil {
-						t.Errorf("call %d: got %v, want %v", e.n, e.err, test.fail[e.n])
+					if e := <-done; !errors.Is(e.err, test.want[e.n]) {
+						t.Errorf("call %d: got %v, want %v", e.n, e.err, test.want[e.n])
 					}
 				}
 				if len(*batches) != test.runs {
