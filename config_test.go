@@ -1,16 +1,20 @@
 package main
 
 import (
-	"bytes"
-	"context"
 	"strings"
 	"testing"
 )
 
+// env is an environment.
+type env map[string]string
+
+func (e env) get(name string) string { return e[name] }
+
 func TestConfig(t *testing.T) {
 	for name, values := range map[string][]string{
-		"HTTP_ADDR":      {":8080", "127.0.0.1:0", "[::1]:80"},
-		"POSTGRES_URL":   {"postgres://u:p@h:5433/d?sslmode=disable", "postgres://u:p@h1,h2/d?port=1,2", "postgres://[::1]:5432/d", "postgresql:///d?host=/run/postgresql"},
+		"HTTP_ADDR": {":8080", "127.0.0.1:0", "[::1]:80"},
+		"POSTGRES_URL": {"postgres://u:p@h:5433/d?sslmode=disable", "postgres://u:p@h1,h2/d?port=1,2", "postgres://[::1]:5432/d",
+			"postgresql:///d?host=/run/postgresql"},
 		"REDIS_URL":      {"redis://h", "rediss://u:p@h:6380/3"},
 		"NATS_URL":       {"nats://h", "tls://u:p@h1:4222,tls://h2:4222"},
 		"CLICKHOUSE_URL": {"clickhouse://u:p@h:9000/d", "clickhouse://h1:9000,h2:9000", "http://h:8123", "https://u:p@h:8443/d?secure=true"},
@@ -20,7 +24,7 @@ func TestConfig(t *testing.T) {
 		"LOG_LEVEL":      {"debug", "WARN"},
 	} {
 		for _, value := range values {
-			if _, err := readConfig(env(name, value)); err != nil {
+			if _, err := readConfig(env{name: value}.get); err != nil {
 				t.Errorf("%s=%s: got %v, want it taken", name, value, err)
 			}
 		}
@@ -40,40 +44,10 @@ func TestBadConfig(t *testing.T) {
 		"LOG_LEVEL":      {"loud"},
 	} {
 		for _, value := range values {
-			_, err := readConfig(env(name, value))
+			_, err := readConfig(env{name: value}.get)
 			if err == nil || !strings.HasPrefix(err.Error(), name+" must be ") || strings.Contains(err.Error(), "secret") {
 				t.Errorf("%s=%s: got %v, want what it must be, without the value", name, value, err)
 			}
 		}
-	}
-	_, err := readConfig(env("NAMESPACE", "!", "EVENTS_BATCH", "!"))
-	if err == nil || strings.Count(err.Error(), " must be ") != 2 {
-		t.Errorf("got %v, want both variables", err)
-	}
-}
-
-func env(pairs ...string) func(string) string {
-	return func(name string) string {
-		for i := 0; i < len(pairs); i += 2 {
-			if pairs[i] == name {
-				return pairs[i+1]
-			}
-		}
-		return ""
-	}
-}
-
-func TestHelpNamesEveryVariable(t *testing.T) {
-	var out bytes.Buffer
-	if err := run(context.Background(), []string{"help"}, env(), &out); err != nil {
-		t.Fatal(err)
-	}
-	for _, v := range variables {
-		if !strings.Contains(out.String(), v.name) || !strings.Contains(out.String(), v.fallback) {
-			t.Errorf("help does not tell of %s and its default:\n%s", v.name, out.String())
-		}
-	}
-	if err := run(context.Background(), []string{"frobnicate"}, env(), &out); err == nil || !strings.Contains(err.Error(), "goods -h") {
-		t.Errorf("an unknown command: got %v", err)
 	}
 }
