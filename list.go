@@ -4,7 +4,6 @@ import (
 	"database/sql"
 	_ "embed"
 	"fmt"
-	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -57,49 +56,49 @@ func (s *service) readTogether(pages []listRequest, replies map[listRequest][]by
 	}
 	v.goods = s.cache.get(v.keys)
 	var rest []listRequest
-	for _, q := range pages {
-		if slices.ContainsFunc(v.page(q), func(good []byte) bool { return good == nil }) {
+	v.each(func(q listRequest, goods [][]byte) {
+		if slices.ContainsFunc(goods, func(good []byte) bool { return good == nil }) {
 			rest = append(rest, q)
 		} else {
-			replies[q] = v.pageJSON(q)
+			replies[q] = v.pageJSON(q, goods)
 		}
-	}
+	})
 	if len(rest) == 0 {
 		return nil
 	}
 	if v, err = s.readWhole(rest); err != nil {
 		return fmt.Errorf("read goods: %w", err)
 	}
-	for _, q := range rest {
-		replies[q] = v.pageJSON(q)
-	}
+	v.each(func(q listRequest, goods [][]byte) { replies[q] = v.pageJSON(q, goods) })
 	s.cache.put(v.keys, v.goods)
 	return nil
 }
 
-// view is a moment of the list: all goods at some positions.
+// view is one moment of the list, at some pages.
 type view struct {
+	pages          []listRequest
 	total, removed int64
-	positions      pq.Int32Array // in order, also past the end
-	keys           []key         // of the positions up to the end
-	goods          [][]byte      // their JSON, nil where it is missing
+	keys           []key    // of the goods on the pages, one page after the other
+	goods          [][]byte // their JSON, nil where it is missing
 }
 
-func newView(pages []listRequest) *view {
-	v := &view{}
-	for _, q := range pages {
-		for n := int32(0); n < q.limit && q.offset <= math.MaxInt32-n; n++ {
-			v.positions = append(v.positions, q.offset+n)
-		}
+// each calls f with every page and its goods. Positions have no gap, so the total tells where a page ends.
+func (v *view) each(f func(q listRequest, goods [][]byte)) {
+	rest := v.goods
+	for _, q := range v.pages {
+		n := min(max(v.total-int64(q.offset)+1, 0), int64(q.limit), int64(len(rest)))
+		f(q, rest[:n])
+		rest = rest[n:]
 	}
-	slices.Sort(v.positions)
-	v.positions = slices.Compact(v.positions)
-	return v
 }
 
-func (v *view) page(q listRequest) [][]byte {
-	begin, _ := slices.BinarySearch(v.positions, q.offset)
-	return v.goods[min(begin, len(v.goods)):min(begin+int(q.limit), len(v.goods))]
+// ranges are the first and the last position of each page, as the queries take them.
+func ranges(pages []listRequest) []any {
+	var first, last pq.Int64Array
+	for _, q := range pages {
+		first, last = append(first, int64(q.offset)), append(last, int64(q.offset)+int64(q.limit)-1)
+	}
+	return []any{first, last}
 }
 
 //go:embed sql/queries/versions.sql
@@ -107,9 +106,9 @@ var readVersions string
 
 // readVersions reads what stands at the positions of pages.
 func (s *service) readVersions(pages []listRequest) (*view, error) {
-	v := newView(pages)
+	v := &view{pages: pages}
 	var array []byte
-	err := s.db.query(nil, readVersions, []any{v.positions}, func(rows *sql.Rows) error { return rows.Scan(&v.total, &v.removed, &array) })
+	err := s.db.query(nil, readVersions, ranges(pages), func(rows *sql.Rows) error { return rows.Scan(&v.total, &v.removed, &array) })
 	for text := range strings.SplitSeq(strings.Trim(string(array), "{}"), ",") {
 		if n, bad := strconv.ParseInt(text, 10, 64); bad == nil { // else the array is empty
 			v.keys = append(v.keys, key(n))
@@ -123,8 +122,8 @@ var readGoods string
 
 // readWhole reads the goods of pages that are not empty.
 func (s *service) readWhole(pages []listRequest) (*view, error) {
-	v := newView(pages)
-	return v, s.db.query(nil, readGoods, []any{v.positions}, func(rows *sql.Rows) error {
+	v := &view{pages: pages}
+	return v, s.db.query(nil, readGoods, ranges(pages), func(rows *sql.Rows) error {
 		var g good
 		if err := rows.Scan(append([]any{&v.total, &v.removed}, g.fields()...)...); err != nil {
 			return err
@@ -136,8 +135,7 @@ func (s *service) readWhole(pages []listRequest) (*view, error) {
 }
 
 // pageJSON puts a reply together.
-func (v *view) pageJSON(q listRequest) []byte {
-	page := v.page(q)
+func (v *view) pageJSON(q listRequest, page [][]byte) []byte {
 	size := 128 // for meta
 	for _, good := range page {
 		size += len(good) + 1
