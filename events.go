@@ -21,7 +21,7 @@ import (
 const (
 	relayBatch   = 500         // events claimed in one transaction, or one batch of them
 	relayPoll    = time.Second // at most; a nudge comes earlier
-	relaySettle  = 20 * time.Millisecond
+	relaySettle  = 100 * time.Millisecond
 	eventTimeout = 5 * time.Second // for one exchange with ClickHouse, or one statement of Postgres
 	natsTimeout  = 2 * time.Second // for one answer of NATS; what is then sent again is a repeat
 	ackWait      = 10 * time.Second
