@@ -31,17 +31,18 @@ const (
 // fault is something that breaks under load.
 type fault struct {
 	name     string
-	through  string                       // the server that the service reaches through scene.proxy
-	twoHosts bool                         // that server is also there directly, as the second host of its URL
-	replicas int                          // of the service; 0 is one
-	during   func(t testing.TB, s *scene) // begins and ends the fault
-	postgres bool                         // is away: clients may see 503, and wait for up to callWithin
-	kills    bool                         // the service: requests may stay unanswered
-	recovers time.Duration                // until the service works again; 0 is recoversWithin
+	through  string         // the server that the service reaches through scene.proxy
+	twoHosts bool           // that server is also there directly, as the second host of its URL
+	replicas int            // of the service; 0 is one
+	during   func(s *scene) // begins and ends the fault
+	postgres bool           // is away: clients may see 503, and wait for up to callWithin
+	kills    bool           // the service: requests may stay unanswered
+	recovers time.Duration  // until the service works again; 0 is recoversWithin
 }
 
 // scene is where a fault happens.
 type scene struct {
+	testing.TB
 	*harness.World
 	servers *harness.Servers
 	proxy   *harness.Proxy
@@ -49,100 +50,95 @@ type scene struct {
 	load    *load
 }
 
-// outcome is what a fault did, for the table in docs/faults.md.
-type outcome struct {
-	fault                      string
-	requests, good, events     int
-	slowest, recovery, drained time.Duration
-}
-
-const outcomeHead = `
+const tableHead = `
 | fault | requests | 2xx | slowest answer | recovered after | queues empty after | events |
 |---|---:|---:|---:|---:|---:|---:|
 `
 
-func (o outcome) String() string {
-	share := fmt.Sprintf("%.1f %%", 100*float64(o.good)/float64(o.requests))
-	if o.good == o.requests {
-		share = "all"
-	}
-	return fmt.Sprintf("| %s | %d | %s | %.2f s | %.1f s | %.1f s | %d |", o.fault, o.requests, share,
-		o.slowest.Seconds(), o.recovery.Seconds(), o.drained.Seconds(), o.events)
-}
-
 // run lets the fault happen under load, and checks what clients saw, what came of every write, and that the service
-// is then as it was.
-func (f fault) run(t testing.TB, own *harness.Servers, breaks string) outcome {
+// is then as it was. It returns a row of the table in docs/faults.md.
+func (f fault) run(t testing.TB, own *harness.Servers, breaks string) string {
 	t.Helper()
 	s := f.scene(t, own, breaks)
 	first := s.apps[0]
-	before := vitalsOf(t, first)
-	s.load = startLoad(t, s.World, s.apps)
-	harness.Eventually(t, 10*time.Second, func() error { return s.load.works(time.Time{}) })
+	goroutines, heap := s.vitals()
+	s.load = startLoad(s)
+	harness.Eventually(t, 10*time.Second, func() error {
+		_, err := s.load.works(time.Time{})
+		return err
+	})
 
 	begin := time.Now()
-	f.during(t, s)
-	end := time.Now()
-
-	o := outcome{fault: f.name}
-	limit := max(f.recovers, recoversWithin)
-	failed := end // the last time
-	harness.Eventually(t, limit+recoversWithin, func() error {
-		for _, a := range s.apps {
-			if err := a.Ready(); err != nil {
-				o.recovery = time.Since(end)
-				return err
-			}
-		}
-		for _, a := range s.load.since(end) {
-			if !good(a.status) {
-				failed, o.recovery = a.begin, max(o.recovery, a.end.Sub(end))
-			}
-		}
-		return s.load.works(failed)
-	})
-	if o.recovery > limit {
-		t.Errorf("everything worked again after %v, want %v", o.recovery, limit)
-	}
+	f.during(s)
+	recovery := s.recovery(max(f.recovers, recoversWithin))
 	s.load.stop()
 	stopped := time.Now()
 
+	var requests, successes int
+	var slowest time.Duration
 	for _, a := range s.load.answers {
-		if a.end.Before(begin) {
-			continue
+		took, fine := a.end.Sub(a.begin), good(a.status)
+		if a.end.After(begin) {
+			requests++
+			if fine {
+				successes++
+			}
+			slowest = max(slowest, took)
+			fine = fine || a.status == 503 && f.postgres || a.status == unanswered && f.kills
 		}
-		o.requests++
-		o.slowest = max(o.slowest, a.end.Sub(a.begin))
-		if good(a.status) {
-			o.good++
-		} else if !(a.status == 503 && f.postgres || a.status == unanswered && f.kills) {
-			t.Errorf("%s after %v: got %d after %v", a.call, a.begin.Sub(begin), a.status, a.end.Sub(a.begin))
+		if !fine {
+			t.Errorf("%s after %v: got %d after %v", a.call, a.begin.Sub(begin), a.status, took)
 		}
 	}
-	most := map[bool]time.Duration{false: answerWithin, true: callWithin}[f.postgres]
-	if o.slowest > most {
-		t.Errorf("the slowest answer took %v, want %v", o.slowest, most)
+	if most := map[bool]time.Duration{false: answerWithin, true: callWithin}[f.postgres]; slowest > most {
+		t.Errorf("the slowest answer took %v, want %v", slowest, most)
 	}
 	s.DB.SetMaxIdleConns(0) // none may be left over from a server that has gone
 	s.DB.SetMaxIdleConns(2)
-	o.events = s.Settled(t, time.Minute)
-	o.drained = time.Since(stopped)
-	s.load.verify(t, s.World)
+	events := s.Settled(t, time.Minute)
+	drained := time.Since(stopped)
+	s.load.verify(s)
 	if s.apps[0] == first {
 		harness.Eventually(t, 10*time.Second, func() error {
 			harness.Client.CloseIdleConnections()
-			var after vitals
 			for range 50 { // so that there is garbage, and its collection
-				after = vitalsOf(t, first)
+				s.vitals()
 			}
-			if after.goroutines > before.goroutines+moreGoroutines || after.heap > before.heap+moreHeap {
-				return fmt.Errorf("the service has not come back to what it was: %+v, before the load %+v", after, before)
+			if g, h := s.vitals(); g > goroutines+moreGoroutines || h > heap+moreHeap {
+				return fmt.Errorf("the service has %g goroutines and %g bytes, before the load %g and %g", g, h, goroutines, heap)
 			}
 			return nil
 		})
 	}
-	t.Log(o)
-	return o
+
+	share := "all"
+	if successes < requests {
+		share = fmt.Sprintf("%.1f %%", 100*float64(successes)/float64(requests))
+	}
+	row := fmt.Sprintf("| %s | %d | %s | %.2f s | %.1f s | %.1f s | %d |\n", f.name, requests, share,
+		slowest.Seconds(), recovery.Seconds(), drained.Seconds(), events)
+	t.Log(row)
+	return row
+}
+
+// recovery waits until the service works again, and returns how long that took from now on.
+func (s *scene) recovery(limit time.Duration) (took time.Duration) {
+	end := time.Now()
+	harness.Eventually(s, limit+recoversWithin, func() error {
+		for _, a := range s.apps {
+			if err := a.Ready(); err != nil {
+				took = time.Since(end)
+				return err
+			}
+		}
+		failed, err := s.load.works(end)
+		took = max(took, failed.Sub(end))
+		return err
+	})
+	if took > limit {
+		s.Errorf("everything worked again after %v, want %v", took, limit)
+	}
+	return took
 }
 
 // scene prepares a world and its service.
@@ -152,7 +148,7 @@ func (f fault) scene(t testing.TB, own *harness.Servers, breaks string) *scene {
 	for _, name := range strings.Fields(breaks) {
 		overrides = append(overrides, own.Variable(t, name))
 	}
-	s := &scene{World: harness.NewWorld(t, overrides...), servers: own}
+	s := &scene{TB: t, World: harness.NewWorld(t, overrides...), servers: own}
 	s.Env["EVENTS_BATCH"] = "50" // by fives, the queues would drain for most of the test's time
 	s.Env["GOGC"] = "50"         // so that garbage does not pass for a leak
 	if f.through != "" {
@@ -172,45 +168,34 @@ func (f fault) scene(t testing.TB, own *harness.Servers, breaks string) *scene {
 	return s
 }
 
-// vitals are what must not grow.
-type vitals struct{ goroutines, heap float64 }
-
-func vitalsOf(t testing.TB, a *harness.App) (v vitals) {
-	t.Helper()
-	for line := range strings.Lines(a.Call(t, "GET", "/metrics", "").Body) {
-		_, _ = fmt.Sscanf(line, "go_goroutines %g", &v.goroutines)
-		_, _ = fmt.Sscanf(line, "go_memstats_heap_alloc_bytes %g", &v.heap)
+// vitals are what must not grow: how many goroutines the service has, and how many bytes.
+func (s *scene) vitals() (goroutines, heap float64) {
+	for line := range strings.Lines(s.apps[0].Call(s, "GET", "/metrics", "").Body) {
+		_, _ = fmt.Sscanf(line, "go_goroutines %g", &goroutines)
+		_, _ = fmt.Sscanf(line, "go_memstats_heap_alloc_bytes %g", &heap)
 	}
-	return v
+	return goroutines, heap
 }
 
 // last is how long a fault lasts.
 func (s *scene) last(d time.Duration) { <-time.After(d) }
 
-// sh kills servers, or runs a command of servers.sh on them.
-func (s *scene) sh(t testing.TB, command string, names ...string) {
-	t.Helper()
-	if command != "kill" {
-		s.servers.Sh(t, append([]string{command}, names...)...)
-		return
-	}
+// sh kills servers, or runs a command of servers.sh on each.
+func (s *scene) sh(command string, names ...string) {
 	for _, name := range names {
-		s.servers.Kill(t, name)
+		if command == "kill" {
+			s.servers.Kill(s, name)
+		} else {
+			s.servers.Sh(s, command, name)
+		}
 	}
 }
 
 // restart replaces a replica that has ended, or kills it first.
-func (s *scene) restart(t testing.TB, i int) {
-	t.Helper()
+func (s *scene) restart(i int) {
 	_ = s.apps[i].Process.Kill() // it may have ended
-	s.apps[i] = s.Start(t)
+	s.apps[i] = s.Start(s)
 	s.load.aim(s.apps...)
-}
-
-// lane is faults that happen one after the other, to servers of its own.
-type lane struct {
-	name, breaks string
-	faults       []fault
 }
 
 // TestFaults runs every fault, or faults at random for the MINUTES that the environment says.
@@ -233,21 +218,21 @@ func TestFaults(t *testing.T) {
 				return harness.NewServers(t, strings.Fields(l.breaks)...)
 			}()
 			for _, f := range l.faults {
-				t.Run(f.name, func(t *testing.T) { rows[i] += f.run(t, own, l.breaks).String() + "\n" })
+				t.Run(f.name, func(t *testing.T) { rows[i] += f.run(t, own, l.breaks) })
 			}
 		})
 	})
-	t.Log(outcomeHead + strings.Join(rows, ""))
+	t.Log(tableHead + strings.Join(rows, ""))
 }
 
 // soak repeats faults at random.
 func soak(t *testing.T, lasts time.Duration) {
 	own := harness.NewServers(t, "postgres", "redis", "nats", "clickhouse")
-	table := outcomeHead
+	table := tableHead
 	for begin := time.Now(); time.Since(begin) < lasts && !t.Failed(); {
 		l := lanes[rand.N(len(lanes))]
 		f := l.faults[rand.N(len(l.faults))]
-		t.Run(f.name, func(t *testing.T) { table += f.run(t, own, l.breaks).String() + "\n" })
+		t.Run(f.name, func(t *testing.T) { table += f.run(t, own, l.breaks) })
 	}
 	t.Log(table)
 }

@@ -1,13 +1,11 @@
 package faults
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"maps"
 	"math/rand/v2"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -29,18 +27,20 @@ var lingers = map[int]time.Duration{503: 10 * time.Second, unanswered: time.Seco
 
 // load is clients that create, update, move, remove and list without end, and keep every answer. Each worker has
 // goods of its own, so it knows what a list must show of them. A create is repeated with its key until it is
-// answered. Any other write that gets a bad answer may be done or not, now or somewhat later: its good is not written
-// again.
+// answered. Any other write that gets a bad answer may be done or not, now or somewhat later: its unit is not written
+// again until that is settled.
 type load struct {
-	apps atomic.Pointer[[]*harness.App] // that a balancer would choose from
-	stop func()                         // ends it, and waits for the last answer
+	testing.TB // fails at an answer that no history of the service explains
+
+	apps  atomic.Pointer[[]*harness.App] // that a balancer would choose from
+	ended atomic.Bool
+	stop  func() // ends it, and waits for the last answer
 
 	asked, created   atomic.Int64 // creates begun, and answered; the goods of the beginning among both
 	leaving, removed atomic.Int64 // removes begun, and answered
 
 	mu      sync.Mutex
 	answers []answer
-	wrong   []string       // what no history of the service explains
 	keys    map[string]int // of creates: the ids that they were answered with
 	workers []*worker      // not guarded: each is its own goroutine's until stop
 }
@@ -54,57 +54,39 @@ type answer struct {
 
 func good(status int) bool { return status == 200 || status == 201 }
 
-// state is what a client can change of a good, but for its place. The text is its name, and its description.
-type state struct {
-	text    string
-	removed bool
-}
-
-// owned is a good of one worker, and the states that it may be in.
-type owned struct {
-	id, priority int // priority 0: somewhere in the worker's region
-	states       []state
-}
-
 type worker struct {
 	*load
-	place   int            // the first of its region
-	orders  [][]int        // the orders that its region may be in
-	settles time.Time      // when the region is in the order that a list shows
-	goods   map[int]*owned // all of them
-	active  []*owned       // those that it still writes
-	texts   int
+	units []*unit // the first is its region, of goods that move; the others are one good each
 }
 
-// place is where a move put a good.
-type place struct{ ID, Priority int }
+// unit is goods at places in a row, which one worker writes.
+type unit struct {
+	place    int              // the first
+	possible [][]harness.Good // what a list may show of it
+	settles  time.Time        // when what a list shows is what stays
+}
 
 // startLoad begins the load on a service that has no goods yet.
-func startLoad(t testing.TB, w *harness.World, apps []*harness.App) *load {
-	t.Helper()
-	l := &load{keys: map[string]int{}}
-	l.aim(apps...)
-	w.Exec(t, fmt.Sprintf(`INSERT INTO goods (project_id, name, description) SELECT 1, n, n FROM generate_series(1, %d) AS n`, workers*region))
+func startLoad(s *scene) *load {
+	l := &load{TB: s, keys: map[string]int{}}
+	l.aim(s.apps...)
+	s.Exec(s, fmt.Sprintf(`
+INSERT INTO goods (project_id, name, description)
+SELECT 1, n, n FROM generate_series(1, %d) AS n`, workers*region))
 	l.asked.Store(workers * region)
 	l.created.Store(workers * region)
-	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
-	for i := range workers {
-		w := &worker{load: l, place: i*region + 1, goods: map[int]*owned{}}
-		var order []int
-		for _, g := range apps[0].List(t, region, w.place).Goods {
-			w.own(&owned{id: g.ID, states: []state{{text: g.Name}}})
-			order = append(order, g.ID)
-		}
-		w.orders = [][]int{order}
+	for place := 1; place < workers*region; place += region {
+		goods := s.apps[0].List(s, region, place).Goods
+		w := &worker{load: l, units: []*unit{{place: place, possible: [][]harness.Good{goods}}}}
 		l.workers = append(l.workers, w)
-		running.Go(func() { w.run(ctx) })
+		running.Go(w.run)
 	}
-	l.stop = sync.OnceFunc(func() {
-		cancel()
+	l.stop = func() {
+		l.ended.Store(true)
 		running.Wait()
-	})
-	t.Cleanup(l.stop)
+	}
+	s.Cleanup(l.stop)
 	return l
 }
 
@@ -114,24 +96,17 @@ func (l *load) aim(apps ...*harness.App) {
 	l.apps.Store(&apps)
 }
 
-func (l *load) wrongf(format string, args ...any) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.wrong = append(l.wrong, fmt.Sprintf(format, args...))
-}
-
 // call sends a request to any replica, and returns the status. A 2xx is decoded into v.
-func (l *load) call(name, method, path, body string, v any, header ...string) int {
+func (l *load) call(method, name, query, body string, v any, header ...string) int {
 	apps := *l.apps.Load()
 	begin := time.Now()
-	r, _ := apps[rand.N(len(apps))].Try(method, path, body, header...) // an error leaves the status 0: unanswered
+	// An error leaves the status 0: unanswered.
+	r, _ := apps[rand.N(len(apps))].Try(method, "/goods/"+name+"?"+query, body, header...)
 	l.mu.Lock()
 	l.answers = append(l.answers, answer{name, r.Status, begin, time.Now()})
 	l.mu.Unlock()
-	if r.Status >= 400 && r.Status <= 499 {
-		l.wrongf("%s %s %s: got %d %s", method, path, body, r.Status, r.Body)
-	} else if err := json.Unmarshal([]byte(r.Body), v); err != nil && good(r.Status) {
-		l.wrongf("%s %s %s: %v in %s", method, path, body, err, r.Body)
+	if r.Status/100 == 4 || good(r.Status) && json.Unmarshal([]byte(r.Body), v) != nil {
+		l.Errorf("%s %s %s %s: got %d %s", method, name, query, body, r.Status, r.Body)
 	}
 	return r.Status
 }
@@ -145,129 +120,112 @@ func (l *load) create(key string) (g harness.Good, status, tries int) {
 			<-time.After(pace / 4)
 		}
 		// In lower case, because net/http would know the name, and repeat by itself.
-		status = l.call("create", "POST", "/goods/create?projectId=1", text(key), &g, "idempotency-key: "+key)
+		status = l.call("POST", "create", "projectId=1", text(key), &g, "idempotency-key: "+key)
 	}
 	l.mu.Lock()
-	id := l.keys[key]
+	before := l.keys[key]
 	l.keys[key] = g.ID
 	l.mu.Unlock()
-	if id == 0 {
+	if before == 0 {
 		l.created.Add(1)
 	}
-	if id != 0 && id != g.ID || g.Name != key || g.Description != key || g.Removed {
-		l.wrongf("create of %s: got %+v, before that good %d", key, g, id)
+	if before != 0 && (before != g.ID || status != 200) || g.Name != key || g.Description != key || g.Removed {
+		l.Errorf("create of %s: got %d %+v, before that good %d", key, status, g, before)
 	}
 	return g, status, tries
 }
 
-func (w *worker) run(ctx context.Context) {
-	tick := time.NewTicker(pace)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		w.texts++
-		text := fmt.Sprintf("w%d-%d", w.place, w.texts) // that nothing else has
-		n, i := rand.N(10), rand.N(max(1, len(w.active)))
-		switch {
-		case n < 3 || len(w.active) == 0:
-			w.make(text)
-		case n < 6:
-			w.update(i, text)
-		case n < 8 && len(w.orders) == 1:
-			w.move()
-		case n < 9 && w.active[i].priority > 0: // a removed good could not be moved any more
-			w.remove(i)
+func (w *worker) run() {
+	tick := time.Tick(pace)
+	for n := 1; !w.ended.Load(); n++ {
+		text := fmt.Sprintf("w%d-%d", w.units[0].place, n) // that nothing else has
+		u := w.units[rand.N(len(w.units))]
+		free := len(u.possible) == 1 && !u.possible[0][0].Removed
+		switch choice := rand.N(10); {
+		case choice < 3:
+			u = w.make(text)
+		case choice < 6 && free:
+			w.update(u, text)
+		case choice < 7 && free && u != w.units[0]: // a removed good could not be moved any more
+			w.remove(u)
+		case choice < 9 && len(w.units[0].possible) == 1:
+			u = w.units[0]
+			w.move(u)
 		default:
 			w.list(1, 1000)
 		}
+		w.list(u.place, len(u.possible[0]))
+		<-tick
 	}
 }
 
-func (w *worker) own(o *owned) {
-	w.goods[o.id] = o
-	w.active = append(w.active, o)
-}
-
-func (w *worker) make(text string) {
+func (w *worker) make(text string) *unit {
 	w.asked.Add(1)
 	g, status, tries := w.create(text)
 	if tries == 1 && status != 201 {
-		w.wrongf("the first create of %s: got %d", text, status)
+		w.Errorf("the first create of %s: got %d", text, status)
 	}
 	if rand.N(4) == 0 {
-		if _, status, _ := w.create(text); status != 200 {
-			w.wrongf("create of %s, repeated: got %d", text, status)
-		}
+		w.create(text) // must find the same good
 	}
-	o := &owned{id: g.ID, priority: g.Priority, states: []state{{text: text}}}
-	w.own(o)
-	w.list(o.priority, 1)
+	u := &unit{place: g.Priority, possible: [][]harness.Good{{g}}}
+	w.units = append(w.units, u)
+	return u
 }
 
-// wrote notes what a write of a good came to.
-func (w *worker) wrote(i, status int, wanted state) {
-	o := w.active[i]
+// write sends a request that makes a unit what is wanted.
+func (w *worker) write(u *unit, wanted []harness.Good, method, name string, id int, body string, v any) int {
+	status := w.call(method, name, fmt.Sprintf("id=%d&projectId=1", id), body, v)
 	if good(status) {
-		o.states = nil
+		u.possible = nil
 	}
-	o.states = append(o.states, wanted)
-	if !good(status) || wanted.removed {
-		w.active = slices.Delete(w.active, i, i+1)
-	}
-	if o.priority > 0 {
-		w.list(o.priority, 1)
-	} else {
-		w.list(w.place, region)
-	}
+	u.possible, u.settles = append(u.possible, wanted), time.Now().Add(lingers[status])
+	return status
 }
 
-func (w *worker) update(i int, to string) {
+func (w *worker) update(u *unit, to string) {
+	wanted := slices.Clone(u.possible[0])
+	changed := &wanted[rand.N(len(wanted))]
+	changed.Name, changed.Description = to, to
 	var g harness.Good
-	status := w.call("update", "PATCH", fmt.Sprintf("/goods/update?id=%d&projectId=1", w.active[i].id), text(to), &g)
-	if good(status) && (g.Name != to || g.Description != to || g.Removed) {
-		w.wrongf("update of good %d to %s: got %+v", w.active[i].id, to, g)
+	if good(w.write(u, wanted, "PATCH", "update", changed.ID, text(to), &g)) && g != *changed {
+		w.Errorf("update: got %+v, want %+v", g, *changed)
 	}
-	w.wrote(i, status, state{text: to})
 }
 
-func (w *worker) remove(i int) {
+func (w *worker) remove(u *unit) {
+	wanted := slices.Clone(u.possible[0])
+	wanted[0].Removed = true
 	w.leaving.Add(1)
-	status := w.call("remove", "DELETE", fmt.Sprintf("/goods/remove?id=%d&projectId=1", w.active[i].id), "", &struct{}{})
-	if good(status) {
+	if good(w.write(u, wanted, "DELETE", "remove", wanted[0].ID, "", &struct{}{})) {
 		w.removed.Add(1)
 	}
-	w.wrote(i, status, state{w.active[i].states[0].text, true})
 }
 
-// move moves a good within the worker's region.
-func (w *worker) move() {
-	before, from, to := w.orders[0], rand.N(region), rand.N(region)
-	after := slices.Insert(slices.Delete(slices.Clone(before), from, from+1), to, before[from])
-	var reply struct{ Priorities []place }
-	status := w.call("reprioritize", "PATCH", fmt.Sprintf("/goods/reprioritize?id=%d&projectId=1", before[from]), fmt.Sprintf(`{"newPriority":%d}`, w.place+to), &reply)
-	w.orders, w.settles = append(w.orders, after), time.Now().Add(lingers[status])
-	if good(status) {
-		w.orders = [][]int{after}
-		var places []place
-		for i := min(from, to); i <= max(from, to); i++ {
-			places = append(places, place{after[i], w.place + i})
-		}
-		if !slices.Equal(places, reply.Priorities) {
-			w.wrongf("move of good %d to %d: got %v, want %v", before[from], w.place+to, reply.Priorities, places)
+// move moves a good within its unit.
+func (w *worker) move(u *unit) {
+	before, from, to := u.possible[0], rand.N(region), rand.N(region)
+	wanted := slices.Insert(slices.Delete(slices.Clone(before), from, from+1), to, before[from])
+	var changed []harness.Good // their ids and priorities, which is all that the reply has
+	for i := range wanted {
+		wanted[i].Priority = u.place + i
+		if min(from, to) <= i && i <= max(from, to) {
+			changed = append(changed, harness.Good{ID: wanted[i].ID, Priority: u.place + i})
 		}
 	}
-	w.list(w.place, region)
+	body := fmt.Sprintf(`{"newPriority":%d}`, u.place+to)
+	var reply struct{ Priorities []harness.Good }
+	status := w.write(u, wanted, "PATCH", "reprioritize", before[from].ID, body, &reply)
+	if good(status) && !slices.Equal(reply.Priorities, changed) {
+		w.Errorf("move of good %d to %d: got %v, want %v", before[from].ID, u.place+to, reply.Priorities, changed)
+	}
 }
 
 // list reads a page, which must be one moment of the whole list, after it was asked for.
 func (w *worker) list(offset, limit int) {
 	begin, created, removed := time.Now(), w.created.Load(), w.removed.Load()
 	var page harness.ListReply
-	if !good(w.call("list", "GET", fmt.Sprintf("/goods/list?offset=%d&limit=%d", offset, limit), "", &page)) {
+	if !good(w.call("GET", "list", fmt.Sprintf("offset=%d&limit=%d", offset, limit), "", &page)) {
 		return
 	}
 	m, asked, leaving, gone := page.Meta, w.asked.Load(), w.leaving.Load(), 0
@@ -277,77 +235,72 @@ func (w *worker) list(offset, limit int) {
 		}
 	}
 	if int64(m.Total) < created || int64(m.Total) > asked || int64(m.Removed) < removed || int64(m.Removed) > leaving {
-		w.wrongf("a list says %+v after %d to %d creates and %d to %d removes", m, created, asked, removed, leaving)
+		w.Errorf("a list says %+v after %d to %d creates and %d to %d removes", m, created, asked, removed, leaving)
 	}
 	if len(page.Goods) != max(0, min(limit, m.Total-offset+1)) || len(page.Goods) == m.Total && gone != m.Removed {
-		w.wrongf("a list has %d goods, of them %d removed, and says %+v", len(page.Goods), gone, m)
+		w.Errorf("a list has %d goods, of them %d removed, and says %+v", len(page.Goods), gone, m)
 	}
-	if order := w.check(page.Goods, offset); len(order) > 0 && begin.After(w.settles) {
-		w.orders = [][]int{order}
-	}
+	w.check(page.Goods, offset, begin)
 }
 
-// check compares what stands at the places from first on with what this worker knows, and returns what it has seen of
-// the region.
-func (w *worker) check(goods []harness.Good, first int) (order []int) {
+// check compares what stands at the places from first on with what this worker knows. It was asked for at begin.
+func (w *worker) check(goods []harness.Good, first int, begin time.Time) {
 	for i, g := range goods {
 		if g.Priority != first+i || g.Name != g.Description {
-			w.wrongf("at place %d stands %+v", first+i, g)
+			w.Errorf("at place %d stands %+v", first+i, g)
 		}
-		o := w.goods[g.ID]
-		if o == nil {
+	}
+	for _, u := range w.units {
+		from, to := u.place-first, u.place-first+len(u.possible[0])
+		if from < 0 || to > len(goods) {
 			continue
 		}
-		if s := (state{g.Name, g.Removed}); !slices.Contains(o.states, s) {
-			w.wrongf("good %d shows %v, possible are %v", g.ID, s, o.states)
+		shown := goods[from:to]
+		if !slices.ContainsFunc(u.possible, func(p []harness.Good) bool { return slices.Equal(p, shown) }) {
+			w.Errorf("from place %d on stand %+v, possible are %+v", u.place, shown, u.possible)
 		}
-		if o.priority == 0 {
-			order = append(order, g.ID)
-		} else if o.priority != g.Priority {
-			w.wrongf("good %d stands at %d, it was created at %d", g.ID, g.Priority, o.priority)
+		if begin.After(u.settles) {
+			u.possible = [][]harness.Good{shown}
 		}
 	}
-	if len(order) > 0 && !slices.ContainsFunc(w.orders, func(o []int) bool { return slices.Equal(o, order) }) {
-		w.wrongf("from place %d on stand %v, possible are %v", w.place, order, w.orders)
-	}
-	return order
 }
 
-// since returns the answers to requests that began after then.
-func (l *load) since(then time.Time) []answer {
+// works returns when the last request failed of those that began after then, and an error unless every call has
+// succeeded since.
+func (l *load) works(then time.Time) (failed time.Time, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return slices.DeleteFunc(slices.Clone(l.answers), func(a answer) bool { return !a.begin.After(then) })
-}
-
-// works reports whether every call succeeded since then, and none failed.
-func (l *load) works(then time.Time) error {
 	seen := map[string]bool{}
-	for _, a := range l.since(then) {
+	for _, a := range l.answers {
+		if !a.begin.After(then) {
+			continue
+		}
 		if seen[a.call] = true; !good(a.status) {
-			return fmt.Errorf("%s got %d", a.call, a.status)
+			failed = a.end
+			clear(seen)
 		}
 	}
 	if len(seen) < 5 {
-		return fmt.Errorf("only these calls were answered: %v", seen)
+		err = fmt.Errorf("since the last failure at %v, only these calls have succeeded: %v", failed, seen)
 	}
-	return nil
+	return failed, err
 }
 
 // verify compares every answer with what Postgres holds now. The load must have stopped.
-func (l *load) verify(t testing.TB, w *harness.World) {
-	t.Helper()
+func (l *load) verify(s *scene) {
 	var stored []harness.Good
+	harness.Must(s, json.Unmarshal(harness.One[[]byte](s, s.World, `
+SELECT json_agg(json_build_object('id', id, 'projectId', project_id, 'name', name, 'description', description,
+	'priority', priority, 'removed', removed,
+	'createdAt', to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')) ORDER BY priority)
+FROM goods`), &stored))
 	var keys map[string]int
-	harness.Must(t, json.Unmarshal(harness.One[[]byte](t, w, `SELECT json_agg(g ORDER BY priority) FROM goods AS g`), &stored))
-	harness.Must(t, json.Unmarshal(harness.One[[]byte](t, w, `SELECT json_object_agg(idempotency_key, id) FROM goods WHERE idempotency_key IS NOT NULL`), &keys))
+	harness.Must(s, json.Unmarshal(harness.One[[]byte](s, s.World, `
+SELECT json_object_agg(idempotency_key, id) FROM goods WHERE idempotency_key IS NOT NULL`), &keys))
 	if !maps.Equal(keys, l.keys) || len(stored) != workers*region+len(keys) {
-		l.wrongf("Postgres has %d goods, those of keys are %v, answered were %v", len(stored), keys, l.keys)
+		s.Errorf("Postgres has %d goods, those of keys are %v, answered were %v", len(stored), keys, l.keys)
 	}
 	for _, w := range l.workers {
-		w.check(stored, 1)
-	}
-	if n := len(l.wrong); n > 0 {
-		t.Errorf("%d wrong answers, such as:\n%s", n, strings.Join(l.wrong[:min(10, n)], "\n"))
+		w.check(stored, 1, time.Now())
 	}
 }
