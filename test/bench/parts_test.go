@@ -32,35 +32,39 @@ func updates(goods int) []string {
 	return several(10_000, func(int) string { return updateOf(1 + rand.IntN(goods/2)) })
 }
 
-const theBuildBefore = "the build before"
+const (
+	theBuildBefore = "the build before"
+	slower         = "this build is slower, unless the spread is on both sides of 1."
+)
 
 // earlier compares a round with the build before, if there is one.
 func (b *bench) earlier(what string, got sample, requests ...string) {
 	b.Helper()
 	if b.before != nil {
-		b.addBefore(row{what: what + ", p99", metric: p99, atMost: true}, got, b.ask(b.before.app, 2, requests...))
-		b.drained(b.before.World, 500)
+		r := row{what: what + ", p99", with: theBuildBefore, number: p99, limit: 1, atMost: true, short: slower}
+		b.add(r, got, b.ask(b.before, conns, 2, requests...))
 	}
 }
 
-func (b *bench) addBefore(r row, got, ref sample) {
-	r.with, r.limit, r.short = theBuildBefore, 1, "this build is slower, unless the spread is on both sides of 1."
-	b.add(r, got, ref)
-}
-
 func (b *bench) lists() {
-	s, many, bare := b.site(goods), b.site(large), b.serve(reference{})
-	floor := row{with: "a bare net/http handler that writes the same bytes", metric: rate}
-	hot, warm, cold, mix := floor, floor, floor, floor
-	hot.what, hot.limit = "hot list: one page of 10", 0.7
-	hot.because = "The least that a reply of this size costs in Go. On top, a batch of lists shares one statement of Postgres, so that each is current."
-	hot.short = "a handler that only waits for its batch, and does nothing else, has 0.6 of a bare one: net/http watches the connection meanwhile, and parks twice. There is little left to save."
-	warm.what, warm.limit = "random pages of 10, cached", 0.35
-	warm.short = "beyond the hot list's costs, a page here has ten positions of its own to look up in Postgres, and most of its goods to fetch from Redis."
-	cold.what, cold.limit = "random pages of 10, nothing cached", 0.25
-	cold.short = "Postgres, Redis and the client alone take more of the cores than the goal would leave for everything: ten goods to read, and ten to store."
-	mix.what, mix.limit = "90 % hot list, 10 % updates", 0.45
-	mix.short = "only six updates at a time make small batches, so each takes a greater share of a commit, and of the lists' time."
+	const (
+		bare  = "GET /bare"
+		floor = "a bare net/http handler that writes the same bytes"
+	)
+	hot := row{what: "hot list: one page of 10", with: floor, number: rate, limit: 0.7,
+		because: "The least that a reply of this size costs in Go. On top, a batch of lists shares one statement of " +
+			"Postgres, so that each is current.",
+		short: "a handler that only waits for its batch, and does nothing else, has 0.6 of a bare one: net/http watches " +
+			"the connection meanwhile, and parks twice. There is little left to save."}
+	warm := row{what: "random pages of 10, cached", with: floor, number: rate, limit: 0.35,
+		short: "beyond the hot list's costs, a page here has ten positions of its own to look up in Postgres, and most " +
+			"of its goods to fetch from Redis."}
+	cold := row{what: "random pages of 10, nothing cached", with: floor, number: rate, limit: 0.25,
+		short: "Postgres, Redis and the client alone take more of the cores than the goal would leave for everything: " +
+			"ten goods to read, and ten to store."}
+	mix := row{what: "90 % hot list, 10 % updates", with: floor, number: rate, limit: 0.45,
+		short: "only six updates at a time make small batches, so each takes a greater share of a commit, and of the " +
+			"lists' time."}
 	fill := several(goods/1000, func(i int) string { return fmt.Sprint("GET /goods/list?limit=1000&offset=", 1+1000*i) })
 	pages := several(10_000, func(int) string { return pageAt(1 + rand.IntN(goods-10)) })
 	mixed := append(several(900, func(int) string { return pageAt(1) }), updates(goods)[:100]...)
@@ -68,65 +72,70 @@ func (b *bench) lists() {
 	for _, requests := range [][]string{mixed, unasked} {
 		rand.Shuffle(len(requests), func(i, j int) { requests[i], requests[j] = requests[j], requests[i] })
 	}
-	b.ask(bare, 1, pageAt(1))
+	s, many, hand := b.site(goods), b.site(large), b.reference()
+	b.ask(hand, conns, 1, bare)
 	for round := range rounds {
-		b.wrk([]target{s.app}, 4, 1, fill...)
-		ref := b.ask(bare, 2, pageAt(1))
-		got := b.ask(s.app, 2, pageAt(1))
+		b.ask(s, 4, 1, fill...)
+		ref := b.ask(hand, conns, 2, bare)
+		got := b.ask(s, conns, 2, pageAt(1))
 		b.add(hot, got, ref)
 		b.earlier("hot list", got, pageAt(1))
-		b.add(warm, b.ask(s.app, 2, pages...), ref)
+		b.add(warm, b.ask(s, conns, 2, pages...), ref)
 		share := len(unasked) / rounds
-		got = b.ask(many.app, 2, unasked[round*share:(round+1)*share]...)
+		got = b.ask(many, conns, 2, unasked[round*share:(round+1)*share]...)
 		if int(2*got.rate) > share {
 			b.Error("some pages that should not be cached were asked for twice")
 		}
 		b.add(cold, got, ref)
-		b.add(mix, b.ask(s.app, 2, mixed...), ref)
-		b.drained(s.World, 500)
+		b.add(mix, b.ask(s, conns, 2, mixed...), ref)
 	}
 }
 
 // growth shows what more goods, connections and replicas cost or gain.
 func (b *bench) growth() {
-	f := b.figure("goods")
-	measure := func(s *site, name string, x int, at []target, conns int, requests ...string) {
-		f.add(name, x, b.wrk(at, conns, 1, requests...))
-		b.drained(s.World, 500)
-	}
+	const move = `PATCH /goods/reprioritize?id=%d&projectId=1 {"newPriority":%d}`
+	f := b.figure("goods", 1000, goods, large)
 	for range rounds {
-		for _, n := range []int{1000, goods, large} {
-			s := b.site(n)
-			at, move := []target{s.app}, `PATCH /goods/reprioritize?id=%d&projectId=1 {"newPriority":%d}`
-			measure(s, "last page", n, at, conns, pageAt(n-9))
-			measure(s, "update", n, at, conns, updates(n)...)
-			measure(s, "move by one", n, at, conns, fmt.Sprintf(move, n/2, n/2+1), fmt.Sprintf(move, n/2, n/2))
+		for _, n := range f.x {
+			s, forth, back := b.site(n), fmt.Sprintf(move, n/2, n/2+1), fmt.Sprintf(move, n/2, n/2)
+			f.add("last page", n, b.ask(s, conns, 1, pageAt(n-9)))
+			f.add("update", n, b.ask(s, conns, 1, updates(n)...))
+			f.add("move by one", n, b.ask(s, conns, 1, forth, back))
 		}
 	}
-	s, bare := b.site(goods), b.serve(reference{})
-	all := func(x int, at []target, conns int) {
-		measure(s, "hot list", x, at, conns, pageAt(1))
-		measure(s, "update", x, at, conns, updates(goods)...)
-		measure(s, "create", x, at, conns, create)
+	all := func(x int, s *site, conns int) {
+		f.add("hot list", x, b.ask(s, conns, 1, pageAt(1)))
+		f.add("update", x, b.ask(s, conns, 1, updates(goods)...))
+		f.add("create", x, b.ask(s, conns, 1, create))
 	}
-	f = b.figure("connections")
+	s, hand := b.site(goods), b.reference()
+	f = b.figure("connections", 1, 8, 64, 256)
 	for range rounds {
-		for _, n := range []int{1, 8, 64, 256} {
-			all(n, []target{s.app}, n)
-			measure(s, "bare handler", n, []target{bare}, n, pageAt(1))
+		for _, n := range f.x {
+			all(n, s, n)
+			f.add("bare handler", n, b.ask(hand, n, 1, "GET /bare"))
 		}
 	}
-	f = b.figure("replicas")
-	replicas := []target{s.app, b.start(s.World), b.start(s.World)}
+	f = b.figure("replicas", 1, 2, 3)
+	replicas := []*harness.App{s.apps[0], b.start(s.World), b.start(s.World)}
 	for range rounds {
-		for n := range replicas {
-			all(n+1, replicas[:n+1], conns)
+		for _, n := range f.x {
+			all(n, &site{s.World, replicas[:n]}, conns)
 		}
 	}
 }
 
 // writes compares the service with clients that go straight to Postgres.
 func (b *bench) writes() {
+	straight := row{what: "update", with: "BEGIN, SELECT … FOR UPDATE, UPDATE, COMMIT, straight to Postgres",
+		number: rate, limit: 2.5,
+		because: "What a client without the service sends, with the same schema, triggers and connections. It has no HTTP, " +
+			"and nobody carries its events anywhere: both is to its advantage.",
+		short: "the reference has all of the cores, too."}
+	creates := row{what: "create", with: "one INSERT a transaction, straight to Postgres", number: rate, limit: 7,
+		short: "the reference waits for its own commits with the cores half idle. The service has them busy, of which HTTP " +
+			"and the event's way are the larger part."}
+	removes := row{what: "remove", with: "the same as for update, but SET removed", number: rate}
 	s := b.site(goods)
 	db := b.stocked(goods, "").DB // with the same triggers, but nobody drains its outbox
 	db.SetMaxOpenConns(conns)
@@ -154,55 +163,44 @@ func (b *bench) writes() {
 		}
 		return tx.Commit()
 	}
-	straight := row{what: "update", with: "BEGIN, SELECT … FOR UPDATE, UPDATE, COMMIT, straight to Postgres", limit: 2.5, metric: rate,
-		because: "What a client without the service sends, with the same schema, triggers and connections. It has no HTTP, and nobody carries its events anywhere: both is to its advantage.",
-		short:   "the reference has all of the cores, too."}
-	creates, removes := straight, straight
-	creates.what, creates.with, creates.limit, creates.because = "create", "one INSERT a transaction, straight to Postgres", 7, ""
-	creates.short = "the reference waits for its own commits with the cores half idle. The service has them busy, of which HTTP and the event's way are the larger part."
-	removes.what, removes.with, removes.limit, removes.because = "remove", "the same as for update, but SET removed", 0, ""
 	const share = goods / 2 / rounds // of the goods, for one round of removes
 	for round := range rounds {
 		ref := b.direct(2, func(int) error { return locked(1+rand.IntN(goods/2), rename) })
-		got := b.ask(s.app, 2, updates(goods)...)
-		b.drained(s.World, 500)
+		got := b.ask(s, conns, 2, updates(goods)...)
 		b.add(straight, got, ref)
 		b.earlier("update", got, updates(goods)...)
 		ref = b.direct(2, func(int) error {
 			_, err := insert.Exec("created good")
 			return err
 		})
-		got = b.ask(s.app, 2, create)
-		b.drained(s.World, 500)
+		got = b.ask(s, conns, 2, create)
 		b.add(creates, got, ref)
 		b.earlier("create", got, create)
 		first := goods/2 + round*share
 		ref = b.direct(1, func(n int) error { return locked(first+n, remove) })
-		b.add(removes, b.ask(s.app, 1, several(share, func(i int) string {
+		b.add(removes, b.ask(s, conns, 1, several(share, func(i int) string {
 			return fmt.Sprintf("DELETE /goods/remove?id=%d&projectId=1", first+i+1)
 		})...), ref)
-		b.drained(s.World, 500)
 	}
 }
 
 // alone compares one request at a time with its statements sent by hand.
 func (b *bench) alone() {
-	s := b.site(goods)
-	query := func(name string) string { return string(harness.File(b, "sql/queries/"+name+".sql")) }
-	hand := b.serve(reference{Postgres: s.Env["POSTGRES_URL"], // the same database: its outbox is drained for both
-		Lock: `SELECT lock_priorities()`, List: query("versions"), Create: query("create"), Update: query("edit")})
-	r := row{limit: 1.05, atMost: true, metric: p50, short: "the goroutine that runs the batch is new each time, and its stack has to grow; metrics and checks are the rest.",
-		because: "Both have HTTP, database/sql, lib/pq and the same database, whose events are drained. What differs is what the service adds."}
-	for _, one := range [][3]string{
-		{"list", "its statement", pageAt(1)}, {"create", "its BEGIN, lock, INSERT, COMMIT", create}, {"update", "its BEGIN, lock-and-change, COMMIT", updateOf(1)},
+	sides := []*site{b.reference(), b.site(goods)} // with one database: its outbox is drained for both
+	r := row{number: p50, limit: 1.05, atMost: true,
+		because: "Both have HTTP, database/sql, lib/pq and the same database, whose events are drained. What differs is what " +
+			"the service adds.",
+		short: "the goroutine that runs the batch is new each time, and its stack has to grow; metrics and checks are the rest."}
+	for _, one := range []struct{ what, with, request string }{
+		{"list", "its statement", pageAt(1)},
+		{"create", "its BEGIN, lock, INSERT, COMMIT", create},
+		{"update", "its BEGIN, lock-and-change, COMMIT", updateOf(1)},
 	} {
-		r.what, r.with = "one "+one[0]+" alone, p50", one[1]+", sent by hand from a bare net/http handler"
+		r.what, r.with = "one "+one.what+" alone, p50", one.with+", sent by hand from a bare net/http handler"
 		for round := range 2*rounds - 1 { // more and shorter ones, each beginning with the other: the difference is small
 			var samples [2]sample
-			for turn := range 2 {
-				side := (round + turn) % 2
-				samples[side] = b.wrk([]target{[]target{hand, s.app}[side]}, 1, 1, one[2])
-				b.drained(s.World, 500)
+			for _, side := range []int{round % 2, 1 - round%2} {
+				samples[side] = b.ask(sides[side], 1, 1, one.request)
 			}
 			b.add(r, samples[1], samples[0])
 		}
@@ -218,6 +216,7 @@ func (b *bench) events() {
 	}
 	b.memo += " Events a second from a full outbox to ClickHouse:"
 	for _, batch := range []struct{ size, events int }{{5, 2500}, {500, 40_000}} {
+		r := row{what: fmt.Sprintf("events/s, %d in one INSERT", batch.size), with: theBuildBefore, number: rate, limit: 1, short: slower}
 		samples := make([][]sample, len(worlds))
 		for round := range rounds {
 			for i, w := range worlds {
@@ -229,19 +228,18 @@ func (b *bench) events() {
 				harness.Must(b, a.Stop())
 			}
 			if b.before != nil {
-				b.addBefore(row{what: fmt.Sprintf("events/s, %d in one INSERT", batch.size), metric: rate}, samples[0][round], samples[1][round])
+				b.add(r, samples[0][round], samples[1][round])
 			}
 		}
-		s := metric(rate).of(samples[0])
+		s := spreadOf(samples[0], rate)
 		b.memo += fmt.Sprintf(" %.0f (%.0f to %.0f) with EVENTS_BATCH=%d.", s.median, s.low, s.high, batch.size)
 	}
 }
 
-// memory tells what a service holds that has only started, and the largest of
-// all that were measured.
+// memory tells what a service holds that has only started, and the largest of all that were measured.
 func (b *bench) memory() {
-	resident := func(a target) (kb float64) {
-		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", a.pid))
+	resident := func(a *harness.App) (kb float64) {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", a.Process.Pid))
 		harness.Must(b, err)
 		_, rest, _ := strings.Cut(string(status), "VmRSS:")
 		_, err = fmt.Sscan(rest, &kb)
@@ -252,5 +250,6 @@ func (b *bench) memory() {
 	for _, a := range b.apps {
 		most = max(most, resident(a))
 	}
-	b.memo += fmt.Sprintf(" The service holds %.0f MB of memory at rest (goal: 20), and %.0f MB after all this (goal: 50).", resident(b.start(harness.NewWorld(b)))/1024, most/1024)
+	b.memo += fmt.Sprintf(" The service holds %.0f MB of memory at rest (goal: 20), and %.0f MB after all this (goal: 50).",
+		resident(b.start(harness.NewWorld(b)))/1024, most/1024)
 }

@@ -228,12 +228,8 @@ func (w *worker) list(offset, limit int) {
 	if !good(w.call("GET", "list", fmt.Sprintf("offset=%d&limit=%d", offset, limit), "", &page)) {
 		return
 	}
-	m, asked, leaving, gone := page.Meta, w.asked.Load(), w.leaving.Load(), 0
-	for _, g := range page.Goods {
-		if g.Removed {
-			gone++
-		}
-	}
+	m, asked, leaving := page.Meta, w.asked.Load(), w.leaving.Load()
+	gone := len(slices.DeleteFunc(slices.Clone(page.Goods), func(g harness.Good) bool { return !g.Removed }))
 	if int64(m.Total) < created || int64(m.Total) > asked || int64(m.Removed) < removed || int64(m.Removed) > leaving {
 		w.Errorf("a list says %+v after %d to %d creates and %d to %d removes", m, created, asked, removed, leaving)
 	}
