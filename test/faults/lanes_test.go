@@ -31,7 +31,7 @@ var lanes = []struct {
 		{name: "Postgres frozen, one of two services stopped", replicas: 2, during: stoppedWhileFrozen, postgres: true},
 	}},
 	{"sigterm", "", []fault{
-		{name: "fifty SIGTERMs under new connections", replicas: 3, during: terminated},
+		{name: "fifty SIGTERMs under new connections", replicas: 2, during: terminated},
 		{name: "services restarted in turn with SIGTERM", replicas: 2, during: rolled},
 	}},
 	{"wire", "", []fault{
