@@ -2,7 +2,6 @@ package bench
 
 import (
 	"database/sql"
-	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -58,22 +57,23 @@ func (b *bench) ask(at *site, conns, seconds int, requests ...string) sample {
 }
 
 // direct runs f in a loop on as many goroutines as wrk has connections. n is different in each call, from 1 on.
-func (b *bench) direct(seconds int, f func(n int) error) sample {
+func (b *bench) direct(seconds int, f func(n int)) sample {
 	b.Helper()
 	own := make([][]float64, conns) // milliseconds, of each goroutine
-	failed := make([]error, conns)
 	before, start := cpuTimes(b), time.Now()
 	harness.Together(conns, func(g int) {
-		for now := start; failed[g] == nil && now.Before(start.Add(time.Duration(seconds)*time.Second)); {
-			failed[g] = f(len(own[g])*conns + g + 1)
+		for now := start; now.Before(start.Add(time.Duration(seconds) * time.Second)); {
+			f(len(own[g])*conns + g + 1)
 			own[g] = append(own[g], time.Since(now).Seconds()*1000)
 			now = time.Now()
 		}
 	})
-	harness.Must(b, errors.Join(failed...))
 	took := time.Since(start)
 	all := slices.Sorted(slices.Values(slices.Concat(own...)))
 	n := len(all)
+	if n == 0 {
+		b.FailNow() // f has failed, which ends only its goroutine
+	}
 	used := cpuTimes(b).perRequest(before, float64(took.Microseconds()), float64(n))
 	return sample{rate: float64(n) / took.Seconds(), p50: all[n/2], p99: all[n*99/100], used: used}
 }

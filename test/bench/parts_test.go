@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -67,7 +68,7 @@ func (b *bench) lists() {
 			"lists' time."}
 	fill := several(goods/1000, func(i int) string { return fmt.Sprint("GET /goods/list?limit=1000&offset=", 1+1000*i) })
 	pages := several(10_000, func(int) string { return pageAt(1 + rand.IntN(goods-10)) })
-	mixed := append(several(900, func(int) string { return pageAt(1) }), updates(goods)[:100]...)
+	mixed := append(slices.Repeat([]string{pageAt(1)}, 900), updates(goods)[:100]...)
 	unasked := several(large/10, func(i int) string { return pageAt(1 + 10*i) })
 	for _, requests := range [][]string{mixed, unasked} {
 		rand.Shuffle(len(requests), func(i, j int) { requests[i], requests[j] = requests[j], requests[i] })
@@ -149,35 +150,29 @@ func (b *bench) writes() {
 	lock := prepare(`SELECT id FROM goods WHERE id = $1 AND project_id = 1 AND NOT removed FOR UPDATE`)
 	rename := prepare(`UPDATE goods SET name = 'updated good' WHERE id = $1`)
 	remove := prepare(`UPDATE goods SET removed = true WHERE id = $1`)
-	locked := func(id int, change *sql.Stmt) error {
+	locked := func(id int, change *sql.Stmt) {
 		tx, err := db.Begin()
-		if err != nil {
-			return err
-		}
-		defer tx.Rollback() // does nothing after a commit
-		if err := tx.Stmt(lock).QueryRow(id).Scan(&id); err != nil {
-			return fmt.Errorf("good %d: %w", id, err)
-		}
-		if _, err := tx.Stmt(change).Exec(id); err != nil {
-			return err
-		}
-		return tx.Commit()
+		harness.Must(b, err)
+		harness.Must(b, tx.Stmt(lock).QueryRow(id).Scan(&id))
+		_, err = tx.Stmt(change).Exec(id)
+		harness.Must(b, err)
+		harness.Must(b, tx.Commit())
 	}
 	const share = goods / 2 / rounds // of the goods, for one round of removes
 	for round := range rounds {
-		ref := b.direct(2, func(int) error { return locked(1+rand.IntN(goods/2), rename) })
+		ref := b.direct(2, func(int) { locked(1+rand.IntN(goods/2), rename) })
 		got := b.ask(s, conns, 2, updates(goods)...)
 		b.add(straight, got, ref)
 		b.earlier("update", got, updates(goods)...)
-		ref = b.direct(2, func(int) error {
+		ref = b.direct(2, func(int) {
 			_, err := insert.Exec("created good")
-			return err
+			harness.Must(b, err)
 		})
 		got = b.ask(s, conns, 2, create)
 		b.add(creates, got, ref)
 		b.earlier("create", got, create)
 		first := goods/2 + round*share
-		ref = b.direct(1, func(n int) error { return locked(first+n, remove) })
+		ref = b.direct(1, func(n int) { locked(first+n, remove) })
 		b.add(removes, b.ask(s, conns, 1, several(share, func(i int) string {
 			return fmt.Sprintf("DELETE /goods/remove?id=%d&projectId=1", first+i+1)
 		})...), ref)
