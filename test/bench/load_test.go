@@ -183,8 +183,7 @@ func serveReference(page []byte) {
 		switch r.URL.Path {
 		case "/goods/list":
 			var keys []byte
-			ten := pq.Int32Array{1, 2, 3, 4, 5, 6, 7, 8, 9, 10}
-			must(versions.QueryRow(ten).Scan(new(int), new(int), &keys))
+			must(versions.QueryRow(pq.Int64Array{1}, pq.Int64Array{10}).Scan(new(int), new(int), &keys))
 		case "/goods/create":
 			write(r, `SELECT lock_priorities()`, create, `"description":""`)
 		case "/goods/update":
