@@ -10,6 +10,7 @@
 #   stop [server...]      stop, and wait until it has ended
 #   pause [server...]     freeze every process of a server (SIGSTOP)
 #   resume [server...]    let it go on
+#   kill [server...]      end a server with SIGKILL
 #   status                one line a server
 #   env                   print the servers' URLs as shell exports
 #   clean                 stop all and delete their data
@@ -289,6 +290,7 @@ stop_server() {
 
 pause_server() { signal "$1" STOP; }
 resume_server() { signal "$1" CONT; }
+kill_server() { kill -s KILL "$(pid_of "$1")"; } # its children find that out by themselves
 
 # each runs function $1 for every server named, side by side, and fails when one of them fails. It holds the server's
 # lock, so that two makes at once do not both initialise it.
@@ -337,7 +339,7 @@ start)
     cd "$dir"
     each start_server "${servers[@]}"
     ;;
-stop | pause | resume) ! ours || each "${command}_server" "${servers[@]}" ;;
+stop | pause | resume | kill) ! ours || each "${command}_server" "${servers[@]}" ;;
 status)
     for name in "${servers[@]}"; do
         pid=$(pid_of "$name") || { echo "$name: stopped" && continue; }

@@ -57,9 +57,9 @@ const tableHead = `
 
 // run lets the fault happen under load, and checks what clients saw, what came of every write, and that the service
 // is then as it was. It returns a row of the table in docs/faults.md.
-func (f fault) run(t testing.TB, own *harness.Servers, breaks string) string {
+func (f fault) run(t testing.TB, own *harness.Servers) string {
 	t.Helper()
-	s := f.scene(t, own, breaks)
+	s := f.scene(t, own)
 	first := s.apps[0]
 	goroutines, heap := s.vitals()
 	s.load = startLoad(s)
@@ -142,13 +142,9 @@ func (s *scene) recovery(limit time.Duration) (took time.Duration) {
 }
 
 // scene prepares a world and its service.
-func (f fault) scene(t testing.TB, own *harness.Servers, breaks string) *scene {
+func (f fault) scene(t testing.TB, own *harness.Servers) *scene {
 	t.Helper()
-	var overrides []string
-	for _, name := range strings.Fields(breaks) {
-		overrides = append(overrides, own.Variable(t, name))
-	}
-	s := &scene{TB: t, World: harness.NewWorld(t, overrides...), servers: own}
+	s := &scene{TB: t, World: harness.NewWorld(t, own.URLs...), servers: own}
 	s.Env["EVENTS_BATCH"] = "50" // by fives, the queues would drain for most of the test's time
 	s.Env["GOGC"] = "50"         // so that garbage does not pass for a leak
 	if f.through != "" {
@@ -159,11 +155,9 @@ func (f fault) scene(t testing.TB, own *harness.Servers, breaks string) *scene {
 			s.Env[name] += "&host=" + u.Hostname() + "," + direct.Hostname() + "&port=" + u.Port() + "," + direct.Port()
 		}
 	}
-	for range max(1, f.replicas) {
+	for i := range max(1, f.replicas) {
 		s.apps = append(s.apps, s.Start(t))
-	}
-	for _, a := range s.apps {
-		harness.Eventually(t, 10*time.Second, a.Ready)
+		harness.Eventually(t, 10*time.Second, s.apps[i].Ready)
 	}
 	return s
 }
@@ -180,14 +174,10 @@ func (s *scene) vitals() (goroutines, heap float64) {
 // last is how long a fault lasts.
 func (s *scene) last(d time.Duration) { <-time.After(d) }
 
-// sh kills servers, or runs a command of servers.sh on each.
+// sh runs a command of servers.sh on each server.
 func (s *scene) sh(command string, names ...string) {
 	for _, name := range names {
-		if command == "kill" {
-			s.servers.Kill(s, name)
-		} else {
-			s.servers.Sh(s, command, name)
-		}
+		s.servers.Sh(s, command, name)
 	}
 }
 
@@ -218,7 +208,7 @@ func TestFaults(t *testing.T) {
 				return harness.NewServers(t, strings.Fields(l.breaks)...)
 			}()
 			for _, f := range l.faults {
-				t.Run(f.name, func(t *testing.T) { rows[i] += f.run(t, own, l.breaks) })
+				t.Run(f.name, func(t *testing.T) { rows[i] += f.run(t, own) })
 			}
 		})
 	})
@@ -232,7 +222,7 @@ func soak(t *testing.T, lasts time.Duration) {
 	for begin := time.Now(); time.Since(begin) < lasts && !t.Failed(); {
 		l := lanes[rand.N(len(lanes))]
 		f := l.faults[rand.N(len(l.faults))]
-		t.Run(f.name, func(t *testing.T) { table += f.run(t, own, l.breaks) })
+		t.Run(f.name, func(t *testing.T) { table += f.run(t, own) })
 	}
 	t.Log(table)
 }

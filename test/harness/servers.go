@@ -7,16 +7,16 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
-	"syscall"
 	"testing"
+	"time"
 )
 
 // Servers are servers of a test's own, which it may break.
 type Servers struct {
-	Dir string // their data
-	env []string
+	Dir  string   // their data
+	URLs []string // as variables of the service, NAME=URL
+	env  []string
 }
 
 // NewServers starts those named. They and their data are gone when the test ends.
@@ -25,33 +25,33 @@ func NewServers(t testing.TB, names ...string) *Servers {
 	dir, err := os.MkdirTemp("/var/tmp", "goods-servers-") // where user postgres may enter, too
 	Must(t, err)
 	Must(t, os.Chmod(dir, 0o755))
-	s := &Servers{Dir: dir, env: append(os.Environ(), "SERVERS_DIR="+dir, fmt.Sprintf("SERVERS_PORT=%d", freePorts(t, 7)))}
+	s := &Servers{Dir: dir, env: append(os.Environ(), "SERVERS_DIR="+dir, fmt.Sprint("SERVERS_PORT=", freePorts(t)))}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	if len(names) > 0 {
 		t.Cleanup(func() { s.Sh(t, "clean") })
 		s.Sh(t, append([]string{"start"}, names...)...)
+		for line := range strings.Lines(s.Sh(t, append([]string{"env"}, names...)...)) {
+			s.URLs = append(s.URLs, strings.NewReplacer("export ", "", "'", "", "\n", "").Replace(line))
+		}
 	}
 	return s
 }
 
-// freePorts returns the first of n ports in a row that nobody listens on.
-func freePorts(t testing.TB, n int) int {
+// freePorts returns the first of seven ports in a row that nobody listens on.
+func freePorts(t testing.TB) (first int) {
 	t.Helper()
-	for range 100 {
-		first, free := 20_000+10*rand.N(1000), 0
-		for ; free < n; free++ {
-			listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", first+free))
+	Eventually(t, 10*time.Second, func() error {
+		first = 20_000 + 10*rand.N(1000)
+		for port := first; port < first+7; port++ {
+			listener, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", port))
 			if err != nil {
-				break
+				return err
 			}
 			listener.Close()
 		}
-		if free == n {
-			return first
-		}
-	}
-	t.Fatalf("found no %d free ports in a row", n)
-	return 0
+		return nil
+	})
+	return first
 }
 
 // Sh runs servers.sh for these servers and returns what it prints.
@@ -64,21 +64,4 @@ func (s *Servers) Sh(t testing.TB, args ...string) string {
 		t.Fatalf("servers.sh %s: %v\n%s", strings.Join(args, " "), err, out)
 	}
 	return string(out)
-}
-
-// Variable returns a server's URL as a variable for the service, NAME=URL.
-func (s *Servers) Variable(t testing.TB, name string) string {
-	t.Helper()
-	line := strings.TrimPrefix(strings.TrimSpace(s.Sh(t, "env", name)), "export ")
-	return strings.ReplaceAll(line, "'", "")
-}
-
-// Kill ends a server with SIGKILL.
-func (s *Servers) Kill(t testing.TB, name string) {
-	t.Helper()
-	text, err := os.ReadFile(filepath.Join(s.Dir, name+".pid"))
-	Must(t, err)
-	pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
-	Must(t, err)
-	Must(t, syscall.Kill(pid, syscall.SIGKILL))
 }
