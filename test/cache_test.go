@@ -89,7 +89,7 @@ func TestStrangeValuesInRedis(t *testing.T) {
 	for _, nonsense := range []string{
 		"*2\r\n$3\r\nfoo\r\n:12\r\n?nonsense\r\n", "HTTP/1.1 400 Bad Request\r\n\r\n", "-LOADING\r\n", ":1\r\n:1\r\n", "*1\r\n$-1\r\n",
 	} {
-		p.Spoil(nil, func(to net.Conn, _ []byte) error { return harness.Forward(to, []byte(nonsense)) })
+		p.Spoil(harness.Forward, func(to net.Conn, _ []byte) error { return harness.Forward(to, []byte(nonsense)) })
 		b := w.Start(t)
 		harness.Equal(t, b.List(t, 10, 1), page, "a list with %q from Redis", nonsense)
 		page.Goods[5].Name += "+"

@@ -83,7 +83,7 @@ func TestCommitOfUnknownOutcome(t *testing.T) {
 						_ = harness.Forward(to, part)
 					}
 					return io.ErrClosedPipe
-				}, nil)
+				}, harness.Forward)
 				const key = keyHeader + "once"
 				body := strings.Replace(call.body, "1", "3", 1) // a move that moves
 				refused(t, a, 8, call.method, call.path, body, key)

@@ -163,7 +163,7 @@ WHERE datname = current_database() AND backend_type = 'client backend' AND pid <
 // spoiled lets the proxy spoil replies for a while.
 func spoiled(reply harness.Hook) func(*scene) {
 	return func(s *scene) {
-		s.proxy.Spoil(nil, reply)
+		s.proxy.Spoil(harness.Forward, reply)
 		s.last(aWhile)
 		s.proxy.Pass()
 	}

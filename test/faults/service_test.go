@@ -28,10 +28,7 @@ func dial(a *harness.App) (net.Conn, error) {
 func rawClients(s *scene, n int, f func(i int, c net.Conn)) {
 	harness.Together(n, func(i int) {
 		c, err := dial(s.apps[0])
-		if err != nil {
-			s.Error(err)
-			return
-		}
+		harness.Must(s, err)
 		defer c.Close()
 		_ = c.SetDeadline(time.Now().Add(15 * time.Second))
 		f(i, c)
@@ -129,9 +126,7 @@ func rolled(s *scene) {
 	for i, a := range s.apps {
 		other := s.apps[1-i]
 		time.AfterFunc(300*time.Millisecond, func() { s.load.aim(other) })
-		if err := a.Stop(); err != nil {
-			s.Errorf("the service ended with %v", err)
-		}
+		harness.Equal(s, a.Stop(), nil, "how the service ended")
 		s.restart(i)
 	}
 }
@@ -155,17 +150,13 @@ func terminated(s *scene) {
 		})
 	}
 	for range 50 {
-		if err := s.apps[0].Stop(); err != nil {
-			s.Errorf("the service ended with %v", err)
-		}
+		harness.Equal(s, s.apps[0].Stop(), nil, "how the service ended")
 		s.apps[0] = s.Start(s)
 		current.Store(s.apps[0])
 	}
 	ended.Store(true)
 	clients.Wait()
-	if n := left.Load(); n > 0 {
-		s.Errorf("%d connections were accepted, and closed without an answer", n)
-	}
+	harness.Equal(s, left.Load(), 0, "connections that were accepted, and closed without an answer")
 }
 
 // served reports whether the service answers on a new connection, or does not accept it.

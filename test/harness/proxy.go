@@ -11,7 +11,7 @@ import (
 // Proxy stands between a service and one of its servers, and can spoil what passes.
 type Proxy struct {
 	mu             sync.Mutex // guards what follows
-	request, reply Hook       // nil is Forward
+	request, reply Hook
 	conns          []net.Conn
 }
 
@@ -35,7 +35,7 @@ func (w *World) NewProxy(t testing.TB, variable string) *Proxy {
 	address := u.Host
 	u.Host = listener.Addr().String()
 	w.Env[variable] = u.String()
-	p := &Proxy{}
+	p := &Proxy{request: Forward, reply: Forward}
 	t.Cleanup(func() {
 		listener.Close()
 		p.Shut()
@@ -69,16 +69,13 @@ func (p *Proxy) pass(to, from net.Conn, current *Hook) {
 		p.mu.Lock()
 		hook := *current
 		p.mu.Unlock()
-		if hook == nil {
-			hook = Forward
-		}
 		if err != nil || hook(to, b[:n]) != nil {
 			return
 		}
 	}
 }
 
-// Spoil lets hooks treat what passes from now on; nil passes everything on.
+// Spoil lets hooks treat what passes from now on.
 func (p *Proxy) Spoil(request, reply Hook) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -86,7 +83,7 @@ func (p *Proxy) Spoil(request, reply Hook) {
 }
 
 // Pass lets everything pass again.
-func (p *Proxy) Pass() { p.Spoil(nil, nil) }
+func (p *Proxy) Pass() { p.Spoil(Forward, Forward) }
 
 // Freeze holds everything back until the function that it returns is called.
 func (p *Proxy) Freeze() (resume func()) {
