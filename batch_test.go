@@ -70,17 +70,10 @@ func start(b *batcher[ask, int], requests ...ask) chan ended {
 	return done
 }
 
-func asks(from, to int) (requests []ask) {
-	for n := from; n <= to; n++ {
-		requests = append(requests, ask{n: n})
-	}
-	return requests
-}
-
 func TestBatchTakesWhatWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b, batches := testBatcher(slowEcho)
-		done := start(b, append(asks(1, 6), ask{7, "a"}, ask{8, "a"}, ask{9, "b"})...)
+		done := start(b, ask{n: 1}, ask{n: 2}, ask{n: 3}, ask{n: 4}, ask{n: 5}, ask{n: 6}, ask{7, "a"}, ask{8, "a"}, ask{9, "b"})
 		for range 9 {
 			if e := <-done; e.err != nil || e.answer != e.n {
 				t.Errorf("call %d: got %d, %v", e.n, e.answer, e.err)
@@ -100,7 +93,7 @@ func TestBatchAnswersInTime(t *testing.T) {
 			<-release
 			return echo(requests)
 		})
-		done := start(b, asks(1, 3)...)
+		done := start(b, ask{n: 1}, ask{n: 2}, ask{n: 3})
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel()
 		if _, err := b.do(ctx, ask{n: 4}); !errors.Is(err, context.Canceled) {
@@ -149,7 +142,7 @@ func TestBatchFailures(t *testing.T) {
 					return results, err
 				})
 				b.alone = make(chan struct{}, 1) // one slot, which each has to free
-				done := start(b, asks(1, 4)...)
+				done := start(b, ask{n: 1}, ask{n: 2}, ask{n: 3}, ask{n: 4})
 				for range 4 {
 					if e := <-done; !errors.Is(e.err, test.want[e.n]) {
 						t.Errorf("call %d: got %v, want %v", e.n, e.err, test.want[e.n])
@@ -179,7 +172,7 @@ func TestBatchStragglersHoldUpNobody(t *testing.T) {
 			}
 			return results, err
 		})
-		done := start(b, append(asks(1, 2), ask{n: -1}, ask{n: 3})...)
+		done := start(b, ask{n: 1}, ask{n: 2}, ask{n: -1}, ask{n: 3})
 		close(begin)
 		for range 3 {
 			if e := <-done; e.err != nil || e.took != 0 {
