@@ -2,9 +2,7 @@ package main
 
 import (
 	"crypto/rand"
-	"database/sql"
 	"log/slog"
-	"net/url"
 	"os"
 	"strings"
 	"testing"
@@ -13,26 +11,20 @@ import (
 )
 
 func TestMigrateRefusals(t *testing.T) {
-	base, err := url.Parse(os.Getenv("POSTGRES_URL"))
-	if err != nil || base.Host == "" {
+	url := os.Getenv("POSTGRES_URL")
+	if url == "" {
 		t.Fatal(`POSTGRES_URL is not set: use make test, or scripts/servers.sh start and then eval "$(scripts/servers.sh env)"`)
 	}
-	admin, err := sql.Open("postgres", base.String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer admin.Close()
-	name := "test_" + strings.ToLower(rand.Text()[:12])
-	if _, err := admin.Exec("CREATE DATABASE " + name); err != nil {
-		t.Fatal(err)
-	}
-	defer admin.Exec("DROP DATABASE " + name + " WITH (FORCE)")
-	base.Path = "/" + name
-	db, err := openPostgres(base.String(), 8, time.Minute, nil)
+	schema := "test_" + strings.ToLower(rand.Text()[:12])
+	db, err := openPostgres(url, 8, time.Minute, map[string]string{"search_path": schema})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer db.Close()
+	if _, err := db.Exec("CREATE SCHEMA " + schema); err != nil {
+		t.Fatal(err)
+	}
+	defer db.Exec("DROP SCHEMA " + schema + " CASCADE")
 
 	file := func(text string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(text)} }
 	const one, two = "sql/postgres/0001_one.sql", "sql/postgres/0002_two.sql"
@@ -51,7 +43,7 @@ func TestMigrateRefusals(t *testing.T) {
 			t.Errorf("got %v, want %q", err, want)
 		}
 		var tables int
-		err := db.QueryRow(`SELECT count(*) FROM pg_tables WHERE schemaname = 'public'`).Scan(&tables)
+		err := db.QueryRow(`SELECT count(*) FROM pg_tables WHERE schemaname = current_schema()`).Scan(&tables)
 		if err != nil || tables != 3 {
 			t.Errorf("%s: got %d tables, %v, want one, two and schema_migrations", want, tables, err)
 		}
