@@ -149,14 +149,6 @@ type history struct {
 	operations []porcupine.Operation
 }
 
-func newHistory(t testing.TB) *history {
-	h := &history{TB: t, w: harness.NewWorld(t)}
-	h.w.Unchecked = true // other tests look at replies
-	h.w.Env["EVENTS_BATCH"], h.w.Env["LOG_LEVEL"] = "50", "info"
-	h.replicas[0] = h.w.Start(t)
-	return h
-}
-
 var start = time.Now()
 
 // call notes a call of a client. An unanswered one never returns.
@@ -212,50 +204,51 @@ func (h *history) round(during func()) {
 
 func TestLinearizability(t *testing.T) {
 	t.Parallel()
-	t.Run("at peace", func(t *testing.T) {
-		t.Parallel()
-		h := newHistory(t)
-		h.replicas[1] = h.w.Start(t)
-		for range 150 {
-			h.round(func() {})
-		}
-		h.w.Settled(t, 30*time.Second)
-	})
-	t.Run("one replica's Redis freezes and dies", func(t *testing.T) {
-		t.Parallel()
-		h := newHistory(t)
-		p := h.w.NewProxy(t, "REDIS_URL")
-		h.replicas[1] = h.w.Start(t)
-		for n := range 90 {
-			resume := p.Pass
-			h.round(func() {
-				<-time.After(rand.N(10 * time.Millisecond))
-				switch n % 3 {
-				case 0:
-					resume = p.Freeze()
-				case 1:
-					p.Shut()
-				}
-			})
-			resume()
-		}
-		h.w.Settled(t, 30*time.Second)
-	})
-	t.Run("a replica is killed", func(t *testing.T) {
-		t.Parallel()
-		h := newHistory(t)
-		connections := func() int {
+	for name, rounds := range map[string]func(h *history){
+		"at peace": func(h *history) {
+			h.replicas[1] = h.w.Start(h)
+			for range 150 {
+				h.round(func() {})
+			}
+		},
+		"one replica's Redis freezes and dies": func(h *history) {
+			p := h.w.NewProxy(h, "REDIS_URL")
+			h.replicas[1] = h.w.Start(h)
+			for n := range 90 {
+				resume := p.Pass
+				h.round(func() {
+					<-time.After(rand.N(10 * time.Millisecond))
+					switch n % 3 {
+					case 0:
+						resume = p.Freeze()
+					case 1:
+						p.Shut()
+					}
+				})
+				resume()
+			}
+		},
+		"a replica is killed": func(h *history) {
 			const query = `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'mortal'`
-			return harness.One[int](t, h.w, query)
-		}
-		for range 12 {
-			h.replicas[1] = h.w.Start(t, "PGAPPNAME=mortal")
-			h.round(func() {
-				<-time.After(rand.N(40 * time.Millisecond))
-				harness.Must(t, h.replicas[1].Process.Kill())
-				harness.AwaitEqual(t, 10*time.Second, connections, 0, "connections of the killed replica")
-			})
-		}
-		h.w.Settled(t, 30*time.Second)
-	})
+			connections := func() int { return harness.One[int](h, h.w, query) }
+			for range 12 {
+				h.replicas[1] = h.w.Start(h, "PGAPPNAME=mortal")
+				h.round(func() {
+					<-time.After(rand.N(40 * time.Millisecond))
+					harness.Must(h, h.replicas[1].Process.Kill())
+					harness.AwaitEqual(h, 10*time.Second, connections, 0, "connections of the killed replica")
+				})
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := &history{TB: t, w: harness.NewWorld(t)}
+			h.w.Unchecked = true // other tests look at replies
+			h.w.Env["EVENTS_BATCH"], h.w.Env["LOG_LEVEL"] = "50", "info"
+			h.replicas[0] = h.w.Start(t)
+			rounds(h)
+			h.w.Settled(t, 30*time.Second)
+		})
+	}
 }
