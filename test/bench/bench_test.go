@@ -119,12 +119,8 @@ COMMIT`, n))
 // drained waits until no more than most events are on their way.
 func (b *bench) drained(w *harness.World, most int) {
 	b.Helper()
-	harness.Eventually(b, time.Minute, func() error {
-		if n := harness.One[int](b, w, `SELECT count(*) FROM outbox`); n > most {
-			return fmt.Errorf("%d events in the outbox", n)
-		}
-		return nil
-	})
+	over := func() int { return max(0, harness.One[int](b, w, `SELECT count(*) FROM outbox`)-most) }
+	harness.AwaitEqual(b, time.Minute, over, 0, "events in the outbox beyond %d", most)
 }
 
 func rate(s sample) float64  { return s.rate }
