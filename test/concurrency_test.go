@@ -16,10 +16,8 @@ import (
 // More clients than TestLinearizability has, so that batches are large. Half of the calls are about the same few goods,
 // and all who create use the same keys, each of which makes one good.
 func TestManyClients(t *testing.T) {
-	t.Parallel()
-	w := harness.NewWorld(t)
-	w.Env["EVENTS_BATCH"] = "50"
-	replicas := []*harness.App{w.Start(t), w.Start(t)}
+	w, a := started(t, "EVENTS_BATCH=50")
+	replicas := []*harness.App{a, w.Start(t, "EVENTS_BATCH=50")}
 	const goods, clients, each = 60, 32, 15
 	makeGoods(t, w, goods)
 	var ids sync.Map // key -> the good that it made
@@ -67,9 +65,7 @@ func TestLongMove(t *testing.T) {
 	const most = 20_000
 	makeGoods(t, w, most+2)
 	details := refused(t, a, 2, "PATCH", "/goods/reprioritize"+target(most+2), somePlace)
-	if !strings.Contains(details["newPriority"], fmt.Sprint(most)) {
-		t.Errorf("got details %v, want the limit for newPriority", details)
-	}
+	harness.Equal(t, strings.Contains(details["newPriority"], fmt.Sprint(most)), true, "the limit is in the details %v", details)
 	moved := harness.Want[answer](t, a, 200, "PATCH", "/goods/reprioritize"+target(most+1), somePlace).Priorities
 	harness.Equal(t, []any{len(moved), moved[0], moved[1], moved[most]},
 		[]any{most + 1, place{most + 1, 1}, place{1, 2}, place{most, most + 1}}, "places")
@@ -85,26 +81,22 @@ func TestCallsThatWait(t *testing.T) {
 	tx := w.Hold(t, `SELECT lock_priorities(); SELECT FROM goods WHERE id = 1 FOR UPDATE`)
 	var given, served atomic.Int64
 	harness.Together(72, func(i int) {
-		switch {
-		case i < 64:
-			refused(t, a, 8, "PATCH", "/goods/reprioritize"+target(1), `{"newPriority":5}`)
+		if i < 68 { // 64 moves, and some updates
+			call := calls[2-i/64]
+			refused(t, a, 8, call.method, call.path, call.body)
 			given.Add(1)
-		case i < 68:
-			refused(t, a, 8, "PATCH", "/goods/update"+target(1), someName)
-			given.Add(1)
-		default:
-			for n := 0; given.Load() == 0; n++ {
-				a.List(t, 10, 1)
-				ok(t, a, "PATCH", "/goods/update"+target(2+n%11), someName)
-				served.Add(1)
-			}
+		}
+		for n := 0; given.Load() == 0; n++ {
+			a.List(t, 10, 1)
+			ok(t, a, "PATCH", "/goods/update"+target(2+n%11), someName)
+			served.Add(1)
 		}
 	})
 	if n := served.Load(); n < 20 {
 		t.Errorf("%d lists and updates were served while others waited for seconds", n)
 	}
 	harness.Must(t, tx.Rollback())
-	ok(t, a, "PATCH", "/goods/reprioritize"+target(1), `{"newPriority":5}`)
-	ok(t, a, "PATCH", "/goods/update"+target(1), someName)
+	ok(t, a, "PATCH", calls[2].path, `{"newPriority":5}`)
+	ok(t, a, "PATCH", calls[1].path, someName)
 	w.Settled(t, 15*time.Second)
 }

@@ -32,11 +32,10 @@ func stream(t testing.TB, w *harness.World) jetstream.Stream {
 // insertSizes returns the rows of each INSERT that ClickHouse has seen, sorted.
 func insertSizes(t testing.TB, w *harness.World) (sizes []uint64) {
 	t.Helper()
-	const query = `
+	harness.Must(t, w.ClickHouse.QueryRow(t.Context(), `
 SELECT arraySort(groupArray(rows))
 FROM system.parts
-WHERE database = currentDatabase() AND table = 'goods_log' AND level = 0`
-	harness.Must(t, w.ClickHouse.QueryRow(t.Context(), query).Scan(&sizes))
+WHERE database = currentDatabase() AND table = 'goods_log' AND level = 0`).Scan(&sizes))
 	return sizes
 }
 
