@@ -33,8 +33,9 @@ func TestManyClients(t *testing.T) {
 				id = 1 + rand.IntN(3)
 			}
 			path := strings.Replace(call.path, target(1), target(id), 1)
-			body := strings.Replace(call.body, "1", fmt.Sprint(1+rand.IntN(2*goods)), 1)
-			r := replicas[i/4%2].Call(t, call.method, path, body, fmt.Sprint(keyHeader, n))
+			key := fmt.Sprint(n, "-", i/16) // half of the clients share it: a batch has several
+			body := strings.NewReplacer("1", fmt.Sprint(1+rand.IntN(2*goods)), "x", key).Replace(call.body)
+			r := replicas[i/4%2].Call(t, call.method, path, body, keyHeader+key)
 			switch {
 			case call.method == "POST" && r.Status <= 201:
 				if r.Status == 201 {
@@ -42,8 +43,8 @@ func TestManyClients(t *testing.T) {
 				}
 				var g harness.Good
 				harness.Must(t, json.Unmarshal([]byte(r.Body), &g))
-				first, _ := ids.LoadOrStore(n, g.ID)
-				harness.Equal(t, g.ID, first.(int), "the good of key %d", n)
+				first, _ := ids.LoadOrStore(key, g.ID)
+				harness.Equal(t, []any{g.ID, g.Name}, []any{first, key}, "the good of key %s", key)
 			case call.method == "DELETE" && r.Status == 200:
 				removed.Add(1)
 			case call.method == "POST" || r.Status != 200 && r.Status != 404: // which a removed one is
@@ -52,7 +53,7 @@ func TestManyClients(t *testing.T) {
 		}
 	})
 	l := replicas[0].List(t, 1, 1)
-	got, want := []int64{made.Load(), int64(l.Meta.Total), int64(l.Meta.Removed)}, []int64{each, goods + each, removed.Load()}
+	got, want := []int64{made.Load(), int64(l.Meta.Total), int64(l.Meta.Removed)}, []int64{2 * each, goods + 2*each, removed.Load()}
 	harness.Equal(t, got, want, "new goods, all goods, removed goods")
 	if events := w.Settled(t, 30*time.Second); events < l.Meta.Total+l.Meta.Removed+100 {
 		t.Errorf("got %d events for %d goods, %d of them removed: hardly any update or move", events, l.Meta.Total, l.Meta.Removed)
