@@ -115,7 +115,7 @@ func TestRequestsInLog(t *testing.T) {
 		line := a.AwaitLines(t, "request", i+1)[i]
 		harness.Equal(t, fmt.Sprint(line["id"], line["method"], line["path"], line["status"]), got+"GET/goods/list400", "the line in the log")
 	}
-	quiet := w.Start(t, "LOG_LEVEL=info")
+	quiet := w.Start(t, "LOG_LEVEL=") // the default
 	for _, a := range []*harness.App{a, quiet} {
 		a.Stock(t, 10)
 		a.List(t, 10, 1)
