@@ -112,23 +112,29 @@ func TestCalls(t *testing.T) {
 }
 
 func TestListPages(t *testing.T) {
-	_, a := started(t)
+	w, a := started(t)
 	empty := a.Call(t, "GET", "/goods/list", "").Body
 	harness.Equal(t, empty, `{"meta":{"total":0,"removed":0,"limit":10,"offset":1},"goods":[]}`+"\n", "empty list")
 	a.Stock(t, 45)
-	for _, page := range []struct{ limit, offset, first, last int }{
+	pages := []struct{ limit, offset, first, last int }{
 		{10, 1, 1, 10}, {20, 20, 20, 39}, {20, 40, 40, 45}, {1, 45, 45, 45}, {1000, 1, 1, 45}, {10, 46, 1, 0}, {1000, math.MaxInt32, 1, 0},
-	} {
-		for _, cache := range []string{"cold", "warm"} {
-			l := a.List(t, page.limit, page.offset)
-			meta := fmt.Sprintf("{45 0 %d %d} %d", page.limit, page.offset, page.last-page.first+1)
-			harness.Equal(t, fmt.Sprint(l.Meta, len(l.Goods)), meta, "%s page", cache)
-			for i, g := range l.Goods {
-				n := page.first + i
-				harness.Equal(t, fmt.Sprint(g.Priority, "@", g.Name), fmt.Sprint(n, "@", n), "%s page from %d", cache, page.offset)
-			}
+	}
+	check := func(i int) {
+		page := pages[i%len(pages)]
+		l := a.List(t, page.limit, page.offset)
+		meta := fmt.Sprintf("{45 0 %d %d} %d", page.limit, page.offset, page.last-page.first+1)
+		harness.Equal(t, fmt.Sprint(l.Meta, len(l.Goods)), meta, "page from %d", page.offset)
+		for i, g := range l.Goods {
+			n := page.first + i
+			harness.Equal(t, fmt.Sprint(g.Priority, "@", g.Name), fmt.Sprint(n, "@", n), "page from %d", page.offset)
 		}
 	}
+	for i := range 2 * len(pages) { // the second time, all is cached
+		check(i)
+	}
+	tx := w.Hold(t, `LOCK TABLE meta IN ACCESS EXCLUSIVE MODE`) // one list waits for it, and the others form a batch
+	time.AfterFunc(200*time.Millisecond, func() { _ = tx.Rollback() })
+	harness.Together(len(pages), check)
 	ok(t, a, "GET", "/goods/list?limit=1&offset=9", "a body is ignored")
 	head := a.Call(t, "HEAD", "/goods/list", "")
 	harness.Equal(t, fmt.Sprint(head.Status, head.Body), "200", "HEAD")

@@ -197,21 +197,24 @@ func TestFaults(t *testing.T) {
 	var starting sync.Mutex // while servers look for free ports
 	rows := make([]string, len(lanes))
 	slots := make(chan struct{}, lanesAtOnce)
-	harness.Together(len(lanes), func(i int) {
+	var running sync.WaitGroup
+	for i, l := range lanes {
 		slots <- struct{}{}
-		defer func() { <-slots }()
-		l := lanes[i]
-		t.Run(l.name, func(t *testing.T) {
-			own := func() *harness.Servers {
-				starting.Lock()
-				defer starting.Unlock()
-				return harness.NewServers(t, strings.Fields(l.breaks)...)
-			}()
-			for _, f := range l.faults {
-				t.Run(f.name, func(t *testing.T) { rows[i] += f.run(t, own) })
-			}
+		running.Go(func() {
+			defer func() { <-slots }()
+			t.Run(l.name, func(t *testing.T) {
+				own := func() *harness.Servers {
+					starting.Lock()
+					defer starting.Unlock()
+					return harness.NewServers(t, strings.Fields(l.breaks)...)
+				}()
+				for _, f := range l.faults {
+					t.Run(f.name, func(t *testing.T) { rows[i] += f.run(t, own) })
+				}
+			})
 		})
-	})
+	}
+	running.Wait()
 	t.Log(tableHead + strings.Join(rows, ""))
 }
 

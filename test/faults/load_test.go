@@ -138,14 +138,14 @@ func (l *load) create(key string) (g harness.Good, status, tries int) {
 func (w *worker) run() {
 	tick := time.Tick(pace)
 	for n := 1; !w.ended.Load(); n++ {
-		text := fmt.Sprintf("w%d-%d", w.units[0].place, n) // that nothing else has
+		name := fmt.Sprintf("w%d-%d", w.units[0].place, n) // that nothing else has
 		u := w.units[rand.N(len(w.units))]
 		free := len(u.possible) == 1 && !u.possible[0][0].Removed
 		switch choice := rand.N(10); {
 		case choice < 3:
-			u = w.make(text)
+			u = w.make(name)
 		case choice < 6 && free:
-			w.update(u, text)
+			w.update(u, name)
 		case choice < 7 && free && u != w.units[0]: // a removed good could not be moved any more
 			w.remove(u)
 		case choice < 9 && len(w.units[0].possible) == 1:
@@ -159,14 +159,14 @@ func (w *worker) run() {
 	}
 }
 
-func (w *worker) make(text string) *unit {
+func (w *worker) make(name string) *unit {
 	w.asked.Add(1)
-	g, status, tries := w.create(text)
+	g, status, tries := w.create(name)
 	if tries == 1 && status != 201 {
-		w.Errorf("the first create of %s: got %d", text, status)
+		w.Errorf("the first create of %s: got %d", name, status)
 	}
 	if rand.N(4) == 0 {
-		w.create(text) // must find the same good
+		w.create(name) // must find the same good
 	}
 	u := &unit{place: g.Priority, possible: [][]harness.Good{{g}}}
 	w.units = append(w.units, u)
