@@ -171,7 +171,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		ReadTimeout:                  10 * time.Second,
 		WriteTimeout:                 30 * time.Second,
 		IdleTimeout:                  2 * time.Minute,
-		MaxHeaderBytes:               16 << 10,
+		MaxHeaderBytes:               12 << 10, // Go adds 4 KiB
 		DisableGeneralOptionsHandler: true,
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}

@@ -35,7 +35,7 @@ func updates(goods int) []string {
 
 const (
 	theBuildBefore = "the build before"
-	slower         = "this build is slower, unless the spread is on both sides of 1."
+	slower         = "if the spread is on both sides of 1, rounds differ more than the builds do."
 )
 
 // earlier compares a round with the build before, if there is one.
