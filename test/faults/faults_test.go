@@ -87,7 +87,7 @@ func (f fault) run(t testing.TB, own *harness.Servers) string {
 			fine = fine || a.status == 503 && f.postgres || a.status == unanswered && f.kills
 		}
 		if !fine {
-			t.Errorf("%s after %v: got %d after %v", a.call, a.begin.Sub(begin), a.status, took)
+			t.Errorf("%s after %v: got %d after %v, %v", a.call, a.begin.Sub(begin), a.status, took, a.err)
 		}
 	}
 	if most := map[bool]time.Duration{false: answerWithin, true: callWithin}[f.postgres]; slowest > most {

@@ -49,6 +49,7 @@ type load struct {
 type answer struct {
 	call       string
 	status     int
+	err        error // why there is none
 	begin, end time.Time
 }
 
@@ -101,9 +102,9 @@ func (l *load) call(method, name, query, body string, v any, header ...string) i
 	apps := *l.apps.Load()
 	begin := time.Now()
 	// An error leaves the status 0: unanswered.
-	r, _ := apps[rand.N(len(apps))].Try(method, "/goods/"+name+"?"+query, body, header...)
+	r, err := apps[rand.N(len(apps))].Try(method, "/goods/"+name+"?"+query, body, header...)
 	l.mu.Lock()
-	l.answers = append(l.answers, answer{name, r.Status, begin, time.Now()})
+	l.answers = append(l.answers, answer{name, r.Status, err, begin, time.Now()})
 	l.mu.Unlock()
 	if r.Status/100 == 4 || good(r.Status) && json.Unmarshal([]byte(r.Body), v) != nil {
 		l.Errorf("%s %s %s %s: got %d %s", method, name, query, body, r.Status, r.Body)
