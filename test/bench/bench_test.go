@@ -17,7 +17,7 @@ import (
 
 const (
 	conns  = 64
-	rounds = 3
+	rounds = 5
 	goods  = 100_000
 	large  = 1_000_000
 	docs   = "../../docs/"

@@ -43,7 +43,7 @@ func (b *bench) earlier(what string, got sample, requests ...string) {
 	b.Helper()
 	if b.before != nil {
 		r := row{what: what + ", p99", with: theBuildBefore, number: p99, limit: 1, atMost: true, short: slower}
-		b.add(r, got, b.ask(b.before, conns, 2, requests...))
+		b.add(r, got, b.ask(b.before, conns, 1, requests...))
 	}
 }
 
@@ -75,20 +75,21 @@ func (b *bench) lists() {
 	}
 	s, many, hand := b.site(goods), b.site(large), b.reference()
 	b.ask(hand, conns, 1, bare)
+	compare := func(r row, with *site, requests ...string) sample {
+		ref := b.ask(hand, conns, 1, bare)
+		got := b.ask(with, conns, 1, requests...)
+		b.add(r, got, ref)
+		return got
+	}
 	for round := range rounds {
 		b.ask(s, 4, 1, fill...)
-		ref := b.ask(hand, conns, 2, bare)
-		got := b.ask(s, conns, 2, pageAt(1))
-		b.add(hot, got, ref)
-		b.earlier("hot list", got, pageAt(1))
-		b.add(warm, b.ask(s, conns, 2, pages...), ref)
+		b.earlier("hot list", compare(hot, s, pageAt(1)), pageAt(1))
+		compare(warm, s, pages...)
+		compare(mix, s, mixed...)
 		share := len(unasked) / rounds
-		got = b.ask(many, conns, 2, unasked[round*share:(round+1)*share]...)
-		if int(2*got.rate) > share {
+		if got := compare(cold, many, unasked[round*share:(round+1)*share]...); int(got.rate) > share {
 			b.Error("some pages that should not be cached were asked for twice")
 		}
-		b.add(cold, got, ref)
-		b.add(mix, b.ask(s, conns, 2, mixed...), ref)
 	}
 }
 
@@ -96,7 +97,7 @@ func (b *bench) lists() {
 func (b *bench) growth() {
 	const move = `PATCH /goods/reprioritize?id=%d&projectId=1 {"newPriority":%d}`
 	f := b.figure("goods", 1000, goods, large)
-	for range rounds {
+	for range 3 {
 		for _, n := range f.x {
 			s, forth, back := b.site(n), fmt.Sprintf(move, n/2, n/2+1), fmt.Sprintf(move, n/2, n/2)
 			f.add("last page", n, b.ask(s, conns, 1, pageAt(n-9)))
@@ -111,7 +112,7 @@ func (b *bench) growth() {
 	}
 	s, hand := b.site(goods), b.reference()
 	f = b.figure("connections", 1, 8, 64, 256)
-	for range rounds {
+	for range 3 {
 		for _, n := range f.x {
 			all(n, s, n)
 			f.add("bare handler", n, b.ask(hand, n, 1, "GET /bare"))
@@ -119,7 +120,7 @@ func (b *bench) growth() {
 	}
 	f = b.figure("replicas", 1, 2, 3)
 	replicas := []*harness.App{s.apps[0], b.start(s.World), b.start(s.World)}
-	for range rounds {
+	for range 3 {
 		for _, n := range f.x {
 			all(n, &site{s.World, replicas[:n]}, conns)
 		}
@@ -158,21 +159,23 @@ func (b *bench) writes() {
 		harness.Must(b, err)
 		harness.Must(b, tx.Commit())
 	}
-	const share = goods / 2 / rounds // of the goods, for one round of removes
-	for round := range rounds {
-		ref := b.direct(2, func(int) { locked(1+rand.IntN(goods/2), rename) })
-		got := b.ask(s, conns, 2, updates(goods)...)
+	for range rounds {
+		ref := b.direct(1, func(int) { locked(1+rand.IntN(goods/2), rename) })
+		got := b.ask(s, conns, 1, updates(goods)...)
 		b.add(straight, got, ref)
 		b.earlier("update", got, updates(goods)...)
-		ref = b.direct(2, func(int) {
+		ref = b.direct(1, func(int) {
 			_, err := insert.Exec("created good")
 			harness.Must(b, err)
 		})
-		got = b.ask(s, conns, 2, create)
+		got = b.ask(s, conns, 1, create)
 		b.add(creates, got, ref)
 		b.earlier("create", got, create)
+	}
+	const share = goods / 2 / 3 // more than one round of removes takes
+	for round := range 3 {
 		first := goods/2 + round*share
-		ref = b.direct(1, func(n int) { locked(first+n, remove) })
+		ref := b.direct(1, func(n int) { locked(first+n, remove) })
 		b.add(removes, b.ask(s, conns, 1, several(share, func(i int) string {
 			return fmt.Sprintf("DELETE /goods/remove?id=%d&projectId=1", first+i+1)
 		})...), ref)
@@ -192,7 +195,7 @@ func (b *bench) alone() {
 		{"update", "its BEGIN, lock-and-change, COMMIT", updateOf(1)},
 	} {
 		r.what, r.with = "one "+one.what+" alone, p50", one.with+", sent by hand from a bare net/http handler"
-		for round := range 2*rounds - 1 { // more and shorter ones, each beginning with the other: the difference is small
+		for round := range rounds { // each begins with the other: the difference is small
 			var samples [2]sample
 			for _, side := range []int{round % 2, 1 - round%2} {
 				samples[side] = b.ask(sides[side], 1, 1, one.request)
