@@ -19,11 +19,11 @@ import (
 )
 
 const (
-	relayBatch   = 500         // events claimed in one transaction, or one batch of them
-	relayPoll    = time.Second // at most; a nudge comes earlier
-	relaySettle  = 100 * time.Millisecond
-	eventTimeout = 5 * time.Second // for one exchange with ClickHouse, or one statement of Postgres
-	natsTimeout  = 2 * time.Second // for one answer of NATS; what is then sent again is a repeat
+	relayBatch   = 500                    // events claimed in one transaction, or one batch of them
+	relayPoll    = time.Second            // at most; a nudge comes earlier
+	relaySettle  = 100 * time.Millisecond // for more events than the first to come
+	eventTimeout = 5 * time.Second        // for one exchange with ClickHouse, or one statement of Postgres
+	natsTimeout  = 2 * time.Second        // for one answer of NATS; what is then sent again is a repeat
 	ackWait      = 10 * time.Second
 	lostAfter    = 30 * time.Second
 	retryFirst   = 100 * time.Millisecond
@@ -96,7 +96,7 @@ func (p *pipeline) relay() {
 		}
 		select {
 		case <-nudge:
-			time.Sleep(relaySettle) // one write seldom comes alone
+			time.Sleep(relaySettle)
 		case <-time.After(relayPoll/2 + rand.N(relayPoll/2)):
 		}
 	}

@@ -5,8 +5,6 @@ import (
 	_ "embed"
 	"fmt"
 	"slices"
-	"strconv"
-	"strings"
 
 	"github.com/lib/pq"
 )
@@ -56,22 +54,21 @@ func (s *service) readTogether(pages []listRequest, replies map[listRequest][]by
 	}
 	v.goods = s.cache.get(v.keys)
 	var rest []listRequest
-	v.each(func(q listRequest, goods [][]byte) {
+	err = v.each(func(q listRequest, goods [][]byte) {
 		if slices.ContainsFunc(goods, func(good []byte) bool { return good == nil }) {
 			rest = append(rest, q)
 		} else {
 			replies[q] = v.pageJSON(q, goods)
 		}
 	})
-	if len(rest) == 0 {
-		return nil
+	if err != nil || len(rest) == 0 {
+		return err
 	}
 	if v, err = s.readWhole(rest); err != nil {
 		return fmt.Errorf("read goods: %w", err)
 	}
-	v.each(func(q listRequest, goods [][]byte) { replies[q] = v.pageJSON(q, goods) })
 	s.cache.put(v.keys, v.goods)
-	return nil
+	return v.each(func(q listRequest, goods [][]byte) { replies[q] = v.pageJSON(q, goods) })
 }
 
 // view is one moment of the list, at some pages.
@@ -83,13 +80,17 @@ type view struct {
 }
 
 // each calls f with every page and its goods. Positions have no gap, so the total tells where a page ends.
-func (v *view) each(f func(q listRequest, goods [][]byte)) {
+func (v *view) each(f func(q listRequest, goods [][]byte)) error {
 	rest := v.goods
 	for _, q := range v.pages {
-		n := min(max(v.total-int64(q.offset)+1, 0), int64(q.limit), int64(len(rest)))
+		n := min(max(v.total-int64(q.offset)+1, 0), int64(q.limit))
+		if n > int64(len(rest)) {
+			return fmt.Errorf("meta counts %d goods, but not all of them have a position", v.total)
+		}
 		f(q, rest[:n])
 		rest = rest[n:]
 	}
+	return nil
 }
 
 // ranges are the first and the last position of each page, as the queries take them.
@@ -107,12 +108,10 @@ var readVersions string
 // readVersions reads what stands at the positions of pages.
 func (s *service) readVersions(pages []listRequest) (*view, error) {
 	v := &view{pages: pages}
-	var array []byte
-	err := s.db.query(nil, readVersions, ranges(pages), func(rows *sql.Rows) error { return rows.Scan(&v.total, &v.removed, &array) })
-	for text := range strings.SplitSeq(strings.Trim(string(array), "{}"), ",") {
-		if n, bad := strconv.ParseInt(text, 10, 64); bad == nil { // else the array is empty
-			v.keys = append(v.keys, key(n))
-		}
+	var keys pq.Int64Array
+	err := s.db.query(nil, readVersions, ranges(pages), func(rows *sql.Rows) error { return rows.Scan(&v.total, &v.removed, &keys) })
+	for _, k := range keys {
+		v.keys = append(v.keys, key(k))
 	}
 	return v, err
 }

@@ -284,4 +284,6 @@ func TestLockedAndBroken(t *testing.T) {
 	a.AwaitLines(t, "request failed", len(calls))
 	w.Exec(t, `ALTER TABLE hidden_goods RENAME TO goods; ALTER TABLE hidden_meta RENAME TO meta`)
 	a.List(t, 10, 1)
+	w.Exec(t, `UPDATE meta SET total = total + 1`)
+	refused(t, a, 1, "GET", "/goods/list", "") // rather than a page without one of its goods
 }
