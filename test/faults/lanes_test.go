@@ -3,6 +3,7 @@ package faults
 import (
 	"bytes"
 	"database/sql"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -113,7 +114,10 @@ func firstHostFrozen(s *scene) {
 	defer s.proxy.Freeze()()
 	s.last(aWhile)
 	harness.Eventually(s, 13*time.Second, func() error {
-		_, err := s.load.works(time.Now().Add(-aWhile))
+		failed, err := s.load.works(time.Now().Add(-aWhile))
+		if err == nil && !failed.IsZero() {
+			err = fmt.Errorf("a call failed at %v", failed)
+		}
 		return err
 	})
 }
