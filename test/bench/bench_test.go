@@ -224,6 +224,12 @@ func (b *bench) report(took time.Duration) string {
 		goal, met := r.goal(s)
 		add(&text, "| %s | %s | %s | %s | %.2f | %.2f to %.2f | %s |",
 			r.what, describe(r.got), r.with, describe(r.ref), s.median, s.low, s.high, goal)
+		if r.with == theBuildBefore {
+			r.short = "this build is slower."
+			if s.low < 1 && s.high > 1 {
+				r.short = "some rounds are better than 1, others worse: they differ more than the builds."
+			}
+		}
 		if !met {
 			r.because = strings.TrimSpace(r.because + " Goal missed: " + r.short)
 		}

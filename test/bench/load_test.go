@@ -141,7 +141,9 @@ func (b *bench) reference() *site {
 	s := b.site(goods)
 	page := s.apps[0].Call(b, "GET", "/goods/list", "").Body
 	w := &harness.World{Env: s.Env, Program: "/proc/self/exe", Unchecked: true}
-	return &site{s.World, []*harness.App{w.Start(b, referenceVariable+"="+page)}}
+	// What the service sets for its own sessions, too: plans depend on it.
+	const options = "PGOPTIONS=-c enable_seqscan=off -c jit=off -c plan_cache_mode=force_generic_plan"
+	return &site{s.World, []*harness.App{w.Start(b, referenceVariable+"="+page, options)}}
 }
 
 // must ends a reference; its log tells why the bench then fails.

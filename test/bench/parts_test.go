@@ -33,16 +33,13 @@ func updates(goods int) []string {
 	return several(10_000, func(int) string { return updateOf(1 + rand.IntN(goods/2)) })
 }
 
-const (
-	theBuildBefore = "the build before"
-	slower         = "if the spread is on both sides of 1, rounds differ more than the builds do."
-)
+const theBuildBefore = "the build before"
 
 // earlier compares a round with the build before, if there is one.
 func (b *bench) earlier(what string, got sample, requests ...string) {
 	b.Helper()
 	if b.before != nil {
-		r := row{what: what + ", p99", with: theBuildBefore, number: p99, limit: 1, atMost: true, short: slower}
+		r := row{what: what + ", p99", with: theBuildBefore, number: p99, limit: 1, atMost: true}
 		b.add(r, got, b.ask(b.before, conns, 1, requests...))
 	}
 }
@@ -135,8 +132,8 @@ func (b *bench) writes() {
 			"and nobody carries its events anywhere: both is to its advantage.",
 		short: "the reference has all of the cores, too."}
 	creates := row{what: "create", with: "one INSERT a transaction, straight to Postgres", number: rate, limit: 7,
-		short: "the reference waits for its own commits with the cores half idle, and the service has them busy. If they " +
-			"never were idle it would have 6 times the reference: client, service, NATS and ClickHouse take more than half of them."}
+		short: "the reference waits for its own commits with the cores half idle. The service has them busy, of which client, " +
+			"service, NATS and ClickHouse take more than half."}
 	removes := row{what: "remove", with: "the same as for update, but SET removed", number: rate}
 	s := b.site(goods)
 	db := b.stocked(goods, "").DB // with the same triggers, but nobody drains its outbox
@@ -214,7 +211,7 @@ func (b *bench) events() {
 	}
 	b.memo += " Events a second from a full outbox to ClickHouse:"
 	for _, batch := range []struct{ size, events int }{{5, 2500}, {500, 40_000}} {
-		r := row{what: fmt.Sprintf("events/s, %d in one INSERT", batch.size), with: theBuildBefore, number: rate, limit: 1, short: slower}
+		r := row{what: fmt.Sprintf("events/s, %d in one INSERT", batch.size), with: theBuildBefore, number: rate, limit: 1}
 		samples := make([][]sample, len(worlds))
 		for round := range rounds {
 			for i, w := range worlds {
