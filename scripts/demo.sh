@@ -84,7 +84,7 @@ for ((i = 0; i < 100; i++)); do
     [[ $events != 8 ]] || break
     sleep 0.2
 done
-[[ $events == 8 ]] || die "ClickHouse says ${events:-nothing}; 8 events are due. Does the service use another ClickHouse? What does $address/readyz say?"
+[[ $events == 8 ]] || die "ClickHouse says ${events:-nothing}; 8 events are due. Is it the one of the service, and up ($address/readyz)?"
 history="SELECT Id, Version, EventTime, Name, Description, Priority, Removed FROM goods_log FINAL
 WHERE Id IN ($hammer, $saw, $drill) ORDER BY Id, Version"
 printf '%s\n\n' "$history"
