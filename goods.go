@@ -9,6 +9,9 @@ import (
 	"log/slog"
 	"strings"
 	"time"
+
+	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 )
 
 // failure is an error that a client is told about, as JSON. Every other error is internal, for the log only.
@@ -111,8 +114,6 @@ type createResult struct {
 	repeated bool // the key made the good before
 }
 
-const lockPriorities = `SELECT lock_priorities()`
-
 //go:embed sql/queries/create.sql
 var createGoods string
 
@@ -120,10 +121,6 @@ func (s *service) createAll(requests []createRequest) ([]result[createResult], e
 	results := make([]result[createResult], len(requests))
 	batch, _ := json.Marshal(requests) // of texts and numbers: cannot fail
 	err := s.db.inTx(func(tx *sql.Tx) error {
-		// A statement of its own: the next one sees what was committed meanwhile.
-		if _, err := tx.Exec(lockPriorities); err != nil {
-			return gone(err)
-		}
 		var fresh []good
 		err := s.db.query(tx, createGoods, []any{string(batch)}, func(rows *sql.Rows) error {
 			var n int
@@ -148,6 +145,9 @@ func (s *service) createAll(requests []createRequest) ([]result[createResult], e
 		}
 		return err
 	})
+	if e := pq.As(err, pqerror.UniqueViolation); e != nil && e.Constraint == "goods_idempotency_key" {
+		return s.createAll(requests) // another replica used a key while this one waited for the lock: now it is known
+	}
 	s.wake()
 	return results, err
 }

@@ -36,10 +36,6 @@ func (s *service) moveGood(requests []moveRequest) ([]result[[]place], error) {
 	var places []place
 	var replaced []key
 	err := s.db.inTx(func(tx *sql.Tx) error {
-		// Before the statements that look: while it is held, no priority changes.
-		if _, err := tx.Exec(lockPriorities); err != nil {
-			return gone(err)
-		}
 		var from, last int32
 		err := s.db.query(tx, findPlace, []any{q.id, q.projectID}, func(rows *sql.Rows) error { return rows.Scan(&from, &last) })
 		if err == nil && from == 0 {

@@ -1,4 +1,6 @@
 -- Creates goods from a JSON array of requests, under the lock of the priorities.
+-- A key that another transaction used while this one waited for the lock is
+-- still unknown here: the unique index then refuses the whole array.
 -- A request whose key is known yields its good, with its number; one for a
 -- project that does not exist yields nothing; the others yield a new good each,
 -- in their order.
@@ -12,11 +14,13 @@ WITH request AS (
            g.id, g.project_id, g.name, g.description, g.priority, g.removed, g.created_at, g.version
     FROM request AS r
     JOIN goods AS g ON g.project_id = r.project_id AND g.idempotency_key = r.key
+), place AS MATERIALIZED (
+    SELECT lock_last_priority() AS last
 ), inserted AS (
     INSERT INTO goods AS g (project_id, name, description, priority, idempotency_key, request_digest)
     SELECT r.project_id, r.name, r.description,
-           (SELECT coalesce(max(priority), 0) FROM goods) + row_number() OVER (ORDER BY r.n), r.key, r.digest
-    FROM request AS r
+           place.last + row_number() OVER (ORDER BY r.n), r.key, r.digest
+    FROM place, request AS r
     JOIN campaigns AS c ON c.id = r.project_id
     WHERE r.n NOT IN (SELECT n FROM known)
     ORDER BY r.n

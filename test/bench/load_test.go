@@ -165,15 +165,11 @@ func serveReference(page []byte) {
 	}
 	versions, create, edit := prepare("versions"), prepare("create"), prepare("edit")
 	// write runs a statement in a transaction. Its parameter is the request, with more fields.
-	write := func(r *http.Request, lock string, change *sql.Stmt, fields string) {
+	write := func(r *http.Request, change *sql.Stmt, fields string) {
 		body, err := io.ReadAll(r.Body)
 		must(err)
 		tx, err := db.Begin()
 		must(err)
-		if lock != "" {
-			_, err = tx.Exec(lock)
-			must(err)
-		}
 		_, err = tx.Stmt(change).Exec(fmt.Sprintf(`[{"project_id":1,%s,%s]`, fields, body[1:]))
 		must(err)
 		must(tx.Commit())
@@ -184,9 +180,9 @@ func serveReference(page []byte) {
 			var keys []byte
 			must(versions.QueryRow(pq.Int64Array{1}, pq.Int64Array{10}).Scan(new(int), new(int), &keys))
 		case "/goods/create":
-			write(r, `SELECT lock_priorities()`, create, `"description":""`)
+			write(r, create, `"description":""`)
 		case "/goods/update":
-			write(r, "", edit, `"description":null,"removed":false,"id":`+r.FormValue("id"))
+			write(r, edit, `"description":null,"removed":false,"id":`+r.FormValue("id"))
 		}
 		w.Header().Set("Content-Type", "application/json")
 		_, _ = w.Write(page)

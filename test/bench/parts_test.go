@@ -189,7 +189,7 @@ func (b *bench) alone() {
 			"for writes the relay, are the rest."}
 	for _, one := range []struct{ what, with, request string }{
 		{"list", "its statement", pageAt(1)},
-		{"create", "its BEGIN, lock, INSERT, COMMIT", create},
+		{"create", "its BEGIN, lock-and-INSERT, COMMIT", create},
 		{"update", "its BEGIN, lock-and-change, COMMIT", updateOf(1)},
 	} {
 		r.what, r.with = "one "+one.what+" alone, p50", one.with+", sent by hand from a bare net/http handler"
