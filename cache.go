@@ -25,9 +25,9 @@ const (
 
 // key names one version of one good: its id, and the version in the lower 32 bits. A version never changes, so what
 // is cached under a key cannot be stale.
-type key int64
+type key = int64
 
-func newKey(id, version int32) key { return key(int64(id)<<32 | int64(version)) }
+func newKey(id, version int32) key { return int64(id)<<32 | int64(version) }
 
 // cache keeps versions of goods, as the JSON that a list sends: some in the process itself, and in Redis what all
 // replicas share. What fails there is missing here. All methods may be called concurrently.
@@ -114,7 +114,7 @@ func (c *cache) get(keys []key) [][]byte {
 
 // isGood tells the JSON of a good from what others may have left under its key.
 func isGood(text []byte, k key) bool {
-	rest, ok := bytes.CutPrefix(text, strconv.AppendInt([]byte(`{"id":`), int64(k>>32), 10))
+	rest, ok := bytes.CutPrefix(text, strconv.AppendInt([]byte(`{"id":`), k>>32, 10))
 	return ok && bytes.HasPrefix(rest, []byte(`,"projectId":`)) && bytes.HasSuffix(rest, []byte(`Z"}`))
 }
 
@@ -150,8 +150,8 @@ func (c *cache) drop(keys []key) {
 
 func (c *cache) name(k key) string {
 	b := append(make([]byte, 0, 64), c.prefix...)
-	b = append(strconv.AppendInt(b, int64(k>>32), 10), ':')
-	return string(strconv.AppendInt(b, int64(k&(1<<32-1)), 10))
+	b = append(strconv.AppendInt(b, k>>32, 10), ':')
+	return string(strconv.AppendInt(b, k&(1<<32-1), 10))
 }
 
 // ping reports whether Redis takes a write, whatever went wrong a moment ago.

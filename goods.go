@@ -146,7 +146,7 @@ func (s *service) createAll(requests []createRequest) ([]result[createResult], e
 		return err
 	})
 	if e := pq.As(err, pqerror.UniqueViolation); e != nil && e.Constraint == "goods_idempotency_key" {
-		return s.createAll(requests) // another replica used a key while this one waited for the lock: now it is known
+		return s.createAll(requests) // another transaction used a key while this one waited for the lock: now it is known
 	}
 	s.wake()
 	return results, err

@@ -154,12 +154,8 @@ func (a *api) answer(counts *routeMetrics, h handler) http.Handler {
 			id = strconv.FormatUint(rand.Uint64(), 36)
 		}
 		w.Header().Set("X-Request-Id", id)
+		w.Header()["Content-Type"] = jsonType // unless the handler has another
 		status, reply, err := h.safely(w, r)
-		body, ok := reply.([]byte)
-		if !ok && err == nil {
-			body, err = encodeJSON(reply)
-			body = append(body, '\n')
-		}
 		if err != nil {
 			f := errInternal
 			if !errors.As(err, &f) && unavailable(err) {
@@ -168,12 +164,12 @@ func (a *api) answer(counts *routeMetrics, h handler) http.Handler {
 			} else if f == errInternal {
 				a.log.Error("request failed", "id", id, "method", r.Method, "path", r.URL.Path, "err", err)
 			}
-			status = f.Status
-			body, _ = encodeJSON(f)
-			body = append(body, '\n')
+			status, reply = f.Status, f
 		}
-		if _, ok := w.Header()["Content-Type"]; !ok {
-			w.Header()["Content-Type"] = jsonType
+		body, ok := reply.([]byte)
+		if !ok {
+			body, _ = encodeJSON(reply) // of texts and numbers: cannot fail
+			body = append(body, '\n')
 		}
 		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 		w.WriteHeader(status)

@@ -108,12 +108,9 @@ var readVersions string
 // readVersions reads what stands at the positions of pages.
 func (s *service) readVersions(pages []listRequest) (*view, error) {
 	v := &view{pages: pages}
-	var keys pq.Int64Array
-	err := s.db.query(nil, readVersions, ranges(pages), func(rows *sql.Rows) error { return rows.Scan(&v.total, &v.removed, &keys) })
-	for _, k := range keys {
-		v.keys = append(v.keys, key(k))
-	}
-	return v, err
+	return v, s.db.query(nil, readVersions, ranges(pages), func(rows *sql.Rows) error {
+		return rows.Scan(&v.total, &v.removed, (*pq.Int64Array)(&v.keys))
+	})
 }
 
 //go:embed sql/queries/page.sql

@@ -167,7 +167,6 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	api := &api{service: newService(db, cache, events.wake, counts, log), health: health, counts: counts, log: log}
 	server := &http.Server{
 		Handler:                      api.routes(),
-		ReadHeaderTimeout:            5 * time.Second,
 		ReadTimeout:                  10 * time.Second,
 		WriteTimeout:                 30 * time.Second,
 		IdleTimeout:                  2 * time.Minute,

@@ -53,12 +53,12 @@ CREATE TABLE IF NOT EXISTS schema_migrations (
 				return err
 			}
 			checksum := fmt.Sprintf("%x", sha256.Sum256(text))
-			was, ok := recorded[name]
+			was := recorded[name]
 			delete(recorded, name)
-			if ok && was == checksum {
+			if was == checksum {
 				continue
 			}
-			if ok {
+			if was != "" {
 				return fmt.Errorf("%s was changed after it had been applied: restore it, and put the change into a new file", name)
 			}
 			if _, err := tx.Exec(string(text)); err != nil {

@@ -37,9 +37,9 @@ func openPostgres(url string, conns int, limit time.Duration, settings map[strin
 	timeout := strconv.FormatInt(limit.Milliseconds(), 10)
 	// Every query of the service finds its rows by an index. One plan each is enough, and one that was made while the
 	// tables were small must not scan them when they have grown.
-	runtime := map[string]string{"TimeZone": "UTC", "enable_seqscan": "off", "jit": "off", "plan_cache_mode": "force_generic_plan",
-		"statement_timeout": timeout, "idle_in_transaction_session_timeout": timeout,
-		"lock_timeout": strconv.FormatInt(limit.Milliseconds()*3/4, 10)}
+	runtime := map[string]string{"TimeZone": "UTC", "default_transaction_isolation": "read committed",
+		"enable_seqscan": "off", "jit": "off", "plan_cache_mode": "force_generic_plan", "statement_timeout": timeout,
+		"idle_in_transaction_session_timeout": timeout, "lock_timeout": strconv.FormatInt(limit.Milliseconds()*3/4, 10)}
 	maps.Copy(runtime, cfg.Runtime)
 	maps.Copy(runtime, settings)
 	cfg.Runtime = runtime

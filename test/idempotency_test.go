@@ -54,6 +54,23 @@ func TestKeyMakesOneGood(t *testing.T) {
 	harness.Equal(t, w.Settled(t, 15*time.Second), 6+4, "events") // six creates, and the move renumbered two
 }
 
+// Two replicas get the same keys at the same time, several in a batch.
+func TestKeysThatMeet(t *testing.T) {
+	w, a := started(t, "EVENTS_BATCH=50")
+	replicas := []*harness.App{a, w.Start(t, "EVENTS_BATCH=50")}
+	a.Stock(t, 1)
+	harness.Together(32, func(i int) {
+		for n := range 20 {
+			key := fmt.Sprint(i/2, n)
+			if r := replicas[i%2].Call(t, "POST", create, `{"name":"`+key+`"}`, keyHeader+key); r.Status > 201 {
+				t.Errorf("key %s: got %d %s", key, r.Status, r.Body)
+			}
+		}
+	})
+	harness.Equal(t, a.List(t, 1, 1).Meta.Total, 1+16*20, "goods")
+	w.Settled(t, 15*time.Second)
+}
+
 // The connection breaks at the COMMIT of a write: before Postgres has it, or before the service hears of it. The
 // client gets 503 and the service does not repeat it; the client may.
 func TestCommitOfUnknownOutcome(t *testing.T) {
