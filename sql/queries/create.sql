@@ -1,9 +1,8 @@
 -- Creates goods from a JSON array of requests, under the lock of the priorities.
--- A key that another transaction used while this one waited for the lock is
--- still unknown here: the unique index then refuses the whole array.
 -- A request whose key is known yields its good, with its number; one for a
 -- project that does not exist yields nothing; the others yield a new good each,
--- in their order.
+-- in their order. A key that another transaction uses while this one waits for
+-- the lock is not known yet: the unique index then refuses the whole array.
 WITH request AS (
     SELECT *, CASE WHEN key IS NOT NULL THEN md5(jsonb_build_array(name, description)::text) END AS digest
     FROM ROWS FROM (json_to_recordset($1) AS (project_id integer, name text, description text, key text))
