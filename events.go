@@ -71,6 +71,9 @@ func (p *pipeline) wake() {
 }
 
 func (p *pipeline) pingNATS(ctx context.Context) error {
+	if !p.nats.IsConnected() { // or the error would be one of a buffer
+		return nats.ErrDisconnected
+	}
 	stream, err := p.js.Stream(ctx, p.stream())
 	if err == nil {
 		p.counts.backlog.Store(int64(stream.CachedInfo().State.Msgs))
@@ -148,7 +151,7 @@ func (p *pipeline) publish() (more bool, err error) {
 
 // drain moves events from NATS into ClickHouse, forever. Replicas share one consumer: any number may drain.
 func (p *pipeline) drain() {
-	p.retry("nats", nil, func() error { _, err := p.connect(); return err }) // the relay needs the stream
+	p.retry("create stream", nil, func() error { _, err := p.connect(); return err }) // the relay needs the stream
 	p.retry("migrate clickhouse", nil, func() error { return migrateClickHouse(context.Background(), p.clickhouse) })
 	for state := (state{log: p.log, name: "drain"}); ; time.Sleep(retryMost / 2) {
 		consumer, err := p.connect()
