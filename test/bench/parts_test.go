@@ -58,8 +58,8 @@ func (b *bench) lists() {
 		short: "beyond the hot list's costs, a page here has ten positions of its own to look up in Postgres, and most " +
 			"of its goods to fetch from Redis."}
 	cold := row{what: "random pages of 10, nothing cached", with: floor, number: rate, limit: 0.25,
-		short: "client, Postgres and Redis take three quarters of what the goal allows, with ten goods to read, and ten to " +
-			"store. The rest is what the bare handler takes."}
+		short: "client, Postgres and Redis take three fifths of what the goal allows, with ten goods to read, and ten to " +
+			"store. A page waits for three exchanges, one after the other, and a quarter of the cores with it."}
 	mix := row{what: "90 % hot list, 10 % updates", with: floor, number: rate, limit: 0.45,
 		short: "only six updates at a time make small batches, so each takes a greater share of a commit, and of the " +
 			"lists' time."}
