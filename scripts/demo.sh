@@ -68,7 +68,7 @@ call -X PATCH -d "{\"newPriority\":$first}" "/goods/reprioritize?id=$drill&proje
 step "The hammer gets a new name and a description."
 call -X PATCH -d '{"name":"Claw hammer","description":"500 g"}' "/goods/update?id=$hammer&projectId=1"
 
-step "The saw is removed. It stays in the list and keeps its place, but cannot be changed any more."
+step "The saw is removed. It stays in the list, but no call can change it any more."
 call -X DELETE "/goods/remove?id=$saw&projectId=1"
 call -X PATCH -d '{"name":"Chainsaw"}' "/goods/update?id=$saw&projectId=1"
 

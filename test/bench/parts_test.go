@@ -53,7 +53,7 @@ func (b *bench) lists() {
 		because: "The least that a reply of this size costs in Go. On top, a batch of lists shares one statement of " +
 			"Postgres, so that each is current.",
 		short: "in the service's profile net/http, the kernel and the scheduler have 77 %; parsing, headers, metrics and the " +
-			"wait for the batch 18 %; the batch and its statement 5 %. What misses is half of the last two."}
+			"wait for the batch 15 %; the batch and its statement 8 %. What misses is half of the last two."}
 	warm := row{what: "random pages of 10, cached", with: floor, number: rate, limit: 0.35,
 		short: "beyond the hot list's costs, a page here has ten positions of its own to look up in Postgres, and most " +
 			"of its goods to fetch from Redis."}
@@ -186,7 +186,7 @@ func (b *bench) alone() {
 		because: "Both have HTTP, database/sql, lib/pq and the same database, whose events are drained. What differs is what " +
 			"the service adds.",
 		short: "to hand a request to the goroutine of its batch, and back, takes a tenth; parsing, headers and metrics, and " +
-			"for writes the relay, are the rest. A caller can not run its own request: nobody would release it in time."}
+			"for writes the relay, are the rest. A caller cannot run its own request: nobody would release it in time."}
 	for _, one := range []struct{ what, with, request string }{
 		{"list", "its statement", pageAt(1)},
 		{"create", "its BEGIN, lock-and-INSERT, COMMIT", create},
