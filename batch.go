@@ -7,19 +7,40 @@ import (
 	"log/slog"
 	"runtime"
 	"runtime/debug"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
+// Group commit: calls that arrive while a batch runs wait for its end, and form the next batch together. A
+// batch is one statement and one commit of Postgres for dozens of calls. That is most of what makes the
+// service fast, as a commit waits for the disk and every create for the same lock; and a lone call is sent
+// at once. Four rules make it safe:
+//
+//   - Who joins: a call joins only a batch that has not begun, so a read sees every write that was answered before
+//     the read was asked for. No two calls of a batch share a conflictKey.
+//   - Who waits: every caller, for requestTimeout at most, whatever its batch is waiting for. A batch never waits for
+//     one of its calls: what another transaction has locked is left out, and only a call that is retried alone may wait.
+//   - What is retried: a call that its batch left out (errRetryAlone), and every call of a batch that failed, alone and
+//     once. So a failure stays with its own call, and a pooled connection that died while idle is no failure at all.
+//   - What is never repeated: a write of unknown outcome (errOutcomeUnknown). Its caller gets an error, and decides.
+
 const (
-	requestTimeout = 4 * time.Second // a caller gets an error then, whatever its batch waits for
-	batchAlone     = 4               // requests of a batcher that are tried alone at a time
+	requestTimeout = 4 * time.Second // a caller gets an error then
+	loneRequests   = 2               // of a batcher, that are retried alone at a time
 )
 
-// errTryAlone is the result of a request that its batch did not wait for.
-var errTryAlone = errors.New("to be tried alone")
+var (
+	// errRetryAlone is the result of a request that its batch left out: it would have made the others wait.
+	errRetryAlone = errors.New("to be retried alone")
+	// errNextBatch is the result of a request that did not fit into its batch.
+	errNextBatch = errors.New("belongs to the next batch")
+)
+
+// request is what a batcher takes.
+type request interface {
+	conflictKey() any // what no two requests of one batch may have in common, or nil
+}
 
 // result is the answer to one request of a batch, or its own failure.
 type result[A any] struct {
@@ -27,75 +48,82 @@ type result[A any] struct {
 	err    error
 }
 
-// request is what a batcher takes.
-type request interface {
-	apart() any // what no two requests of a batch may have in common, or nil
-}
-
-// batcher turns concurrent calls into one. A call that finds no batch running starts one, of itself and whatever else
-// waits; those who come meanwhile form the next. A call joins only a batch that has not begun, so a read sees every
-// write that was answered before it was asked.
+// batcher answers concurrent calls in batches. All methods may be called concurrently.
 type batcher[Q request, A any] struct {
 	name  string
 	limit int // requests in one batch
-	// run answers a batch: one result for each request, in their order, or one error for all of them. After an error
-	// or errTryAlone it is called with single requests, from several goroutines.
-	run   func(requests []Q) ([]result[A], error)
+	// run answers a batch: it fills in a result for each request, or returns one error for all of them. One
+	// goroutine runs all batches; with alone, which has a single request, run is called by others as well.
+	run   func(requests []Q, results []result[A], alone bool) error
 	sizes *histogram
 	log   *slog.Logger
-	alone chan struct{} // slots for requests that are tried alone
+	lone  chan struct{} // has an element for each request that is being retried alone
 
 	mu      sync.Mutex    // guards what follows
 	waiting []*call[Q, A] // in the order of their arrival
-	running bool
+	running bool          // a goroutine runs batches
 }
 
+// call is a request whose caller waits.
 type call[Q request, A any] struct {
-	request Q
-	done    chan result[A] // holds one result, so that a batch never waits for a caller
-	gone    atomic.Bool    // the caller no longer listens
+	ctx       context.Context
+	request   Q
+	answer    chan result[A] // has room for the one result, so that a batch never waits for a caller
+	abandoned atomic.Bool    // the caller has left
 }
 
-func newBatcher[Q request, A any](name string, limit int, run func([]Q) ([]result[A], error), counts *metrics, log *slog.Logger) *batcher[Q, A] {
-	return &batcher[Q, A]{name: name, limit: limit, run: run, sizes: counts.batch(name), log: log, alone: make(chan struct{}, batchAlone)}
-}
-
-// do answers one request, or fails when ctx ends or after requestTimeout. A request that has not begun by then never
-// will; one that has begun is finished unheard.
-func (b *batcher[Q, A]) do(ctx context.Context, request Q) (answer A, err error) {
-	c := &call[Q, A]{request: request, done: make(chan result[A], 1)}
-	b.mu.Lock()
-	b.waiting = append(b.waiting, c)
-	if !b.running {
-		b.running = true
-		go b.lead()
+func newBatcher[Q request, A any](name string, limit int, run func([]Q, []result[A], bool) error,
+	metrics *metrics, log *slog.Logger) *batcher[Q, A] {
+	return &batcher[Q, A]{
+		name:  name,
+		limit: limit,
+		run:   run,
+		sizes: metrics.batch(name),
+		log:   log,
+		lone:  make(chan struct{}, loneRequests),
 	}
-	b.mu.Unlock()
-	late := time.NewTimer(requestTimeout) // far cheaper than a context with a timeout
-	defer late.Stop()
+}
+
+// do answers a request, or fails when ctx ends or after requestTimeout. A request that has not begun by
+// then never will; one that has begun is finished, and nobody gets its result.
+func (b *batcher[Q, A]) do(ctx context.Context, request Q) (A, error) {
+	c := &call[Q, A]{ctx: ctx, request: request, answer: make(chan result[A], 1)}
+	b.join(c)
+	timeout := time.NewTimer(requestTimeout) // much cheaper than a context with a timeout
+	defer timeout.Stop()
+	var err error
 	select {
-	case r := <-c.done:
+	case r := <-c.answer:
 		return r.answer, r.err
 	case <-ctx.Done():
 		err = ctx.Err()
-	case <-late.C:
+	case <-timeout.C:
 		err = context.DeadlineExceeded
 	}
-	c.gone.Store(true)
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.waiting = slices.DeleteFunc(b.waiting, func(w *call[Q, A]) bool { return w == c })
-	return answer, fmt.Errorf("batch %s: %w", b.name, err)
+	c.abandoned.Store(true)
+	var none A
+	return none, fmt.Errorf("batch %s: %w", b.name, err)
 }
 
-// lead runs one batch after the other until nobody waits.
-func (b *batcher[Q, A]) lead() {
+// join lets c wait for the next batch, and sees to it that there will be one.
+func (b *batcher[Q, A]) join(c *call[Q, A]) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.waiting = append(b.waiting, c)
+	if !b.running {
+		b.running = true
+		go b.runAll()
+	}
+}
+
+// runAll runs one batch after the other until no call waits.
+func (b *batcher[Q, A]) runAll() {
 	for {
-		// Requests that have been read but not yet handed in are one scheduling step away: let them come, for the
-		// price of a microsecond.
+		// Requests that have been read, but have not joined yet, are one scheduling step away: they get to
+		// join, for the price of a microsecond.
 		runtime.Gosched()
 		batch := b.next()
-		if batch == nil {
+		if len(batch) == 0 {
 			return
 		}
 		b.sizes.observe(float64(len(batch)))
@@ -103,58 +131,86 @@ func (b *batcher[Q, A]) lead() {
 		for i, c := range batch {
 			requests[i] = c.request
 		}
-		results, err := b.try(requests)
+		results, err := b.try(requests, false)
+		var postponed []*call[Q, A]
 		for i, c := range batch {
 			switch {
-			case err == nil && results[i].err != errTryAlone:
-				c.done <- results[i]
 			case errors.Is(err, errOutcomeUnknown):
-				c.done <- result[A]{err: err}
-			default: // a failure stays with its request, and only its own caller waits
-				go b.tryAlone(c)
+				c.answer <- result[A]{err: err}
+			case err != nil || results[i].err == errRetryAlone:
+				go b.retryAlone(c)
+			case results[i].err == errNextBatch:
+				postponed = append(postponed, c)
+			default:
+				c.answer <- results[i]
 			}
 		}
+		b.postpone(postponed)
 	}
 }
 
-// next takes a batch from those who wait; nil means that nobody does.
-func (b *batcher[Q, A]) next() (batch []*call[Q, A]) {
+// next takes a batch out of the calls that wait. An empty one means that none does.
+func (b *batcher[Q, A]) next() []*call[Q, A] {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	taken := map[any]bool{}
-	b.waiting = slices.DeleteFunc(b.waiting, func(c *call[Q, A]) bool {
-		key := c.request.apart()
-		if len(batch) == b.limit || key != nil && taken[key] {
-			return false
+	var batch []*call[Q, A]
+	var taken map[any]bool // conflict keys
+	left := b.waiting[:0]
+	for _, c := range b.waiting {
+		if c.abandoned.Load() || c.ctx.Err() != nil {
+			continue
 		}
-		taken[key] = true
+		key := c.request.conflictKey()
+		if len(batch) == b.limit || taken[key] {
+			left = append(left, c)
+			continue
+		}
+		if key != nil {
+			if taken == nil {
+				taken = map[any]bool{}
+			}
+			taken[key] = true
+		}
 		batch = append(batch, c)
-		return true
-	})
-	b.running = batch != nil
+	}
+	clear(b.waiting[len(left):]) // so that no answered call is kept in memory
+	b.waiting = left
+	b.running = len(batch) > 0
 	return batch
 }
 
-func (b *batcher[Q, A]) tryAlone(c *call[Q, A]) {
-	b.alone <- struct{}{}
-	defer func() { <-b.alone }()
-	if c.gone.Load() {
+// postpone lets calls wait before all others.
+func (b *batcher[Q, A]) postpone(calls []*call[Q, A]) {
+	if len(calls) == 0 {
 		return
 	}
-	results, err := b.try([]Q{c.request})
-	if err != nil {
-		results = []result[A]{{err: err}}
-	}
-	c.done <- results[0]
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.waiting = append(calls, b.waiting...)
 }
 
-// try runs requests once. A panic fails them and nothing else; whether they were written is then not known.
-func (b *batcher[Q, A]) try(requests []Q) (results []result[A], err error) {
+// retryAlone runs a request by itself, in which it may wait.
+func (b *batcher[Q, A]) retryAlone(c *call[Q, A]) {
+	b.lone <- struct{}{}
+	defer func() { <-b.lone }()
+	if c.abandoned.Load() {
+		return
+	}
+	results, err := b.try([]Q{c.request}, true)
+	if err != nil {
+		results[0].err = err
+	}
+	c.answer <- results[0]
+}
+
+// try runs requests once. A panic fails them and nothing else; whether they were written is not known then.
+func (b *batcher[Q, A]) try(requests []Q, alone bool) (results []result[A], err error) {
+	results = make([]result[A], len(requests))
 	defer func() {
 		if p := recover(); p != nil {
 			b.log.Error("panic in a batch", "batch", b.name, "panic", p, "stack", string(debug.Stack()))
-			results, err = nil, fmt.Errorf("panic: %v: %w", p, errOutcomeUnknown)
+			err = fmt.Errorf("panic: %v: %w", p, errOutcomeUnknown)
 		}
 	}()
-	return b.run(requests)
+	return results, b.run(requests, results, alone)
 }

@@ -17,13 +17,13 @@ type ask struct {
 	key any
 }
 
-func (q ask) apart() any { return q.key }
+func (q ask) conflictKey() any { return q.key }
 
 // testBatcher notes the batches that run gets.
-func testBatcher(run func([]ask) ([]result[int], error)) (*batcher[ask, int], *[][]int) {
+func testBatcher(run func([]ask, []result[int], bool) error) (*batcher[ask, int], *[][]int) {
 	var mu sync.Mutex
 	var batches [][]int
-	b := newBatcher("test", 4, func(requests []ask) ([]result[int], error) {
+	b := newBatcher("test", 4, func(requests []ask, results []result[int], alone bool) error {
 		var batch []int
 		for _, q := range requests {
 			batch = append(batch, q.n)
@@ -31,22 +31,22 @@ func testBatcher(run func([]ask) ([]result[int], error)) (*batcher[ask, int], *[
 		mu.Lock()
 		batches = append(batches, batch)
 		mu.Unlock()
-		return run(requests)
+		return run(requests, results, alone)
 	}, newMetrics(nil), slog.New(slog.DiscardHandler))
 	return b, &batches
 }
 
-func echo(requests []ask) (results []result[int], err error) {
-	for _, q := range requests {
-		results = append(results, result[int]{answer: q.n})
+func echo(requests []ask, results []result[int], _ bool) error {
+	for i, q := range requests {
+		results[i].answer = q.n
 	}
-	return results, nil
+	return nil
 }
 
 // slowEcho takes as many milliseconds as it has requests.
-func slowEcho(requests []ask) ([]result[int], error) {
+func slowEcho(requests []ask, results []result[int], alone bool) error {
 	time.Sleep(time.Duration(len(requests)) * time.Millisecond)
-	return echo(requests)
+	return echo(requests, results, alone)
 }
 
 // ended is what a call came to.
@@ -89,9 +89,9 @@ func TestBatchTakesWhatWaits(t *testing.T) {
 func TestBatchAnswersInTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		release := make(chan bool)
-		b, batches := testBatcher(func(requests []ask) ([]result[int], error) {
+		b, batches := testBatcher(func(requests []ask, results []result[int], alone bool) error {
 			<-release
-			return echo(requests)
+			return echo(requests, results, alone)
 		})
 		done := start(b, ask{n: 1}, ask{n: 2}, ask{n: 3})
 		ctx, cancel := context.WithCancel(context.Background())
@@ -134,14 +134,14 @@ func TestBatchFailures(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				b, batches := testBatcher(func(requests []ask) ([]result[int], error) {
-					results, err := slowEcho(requests)
+				b, batches := testBatcher(func(requests []ask, results []result[int], alone bool) error {
+					_ = slowEcho(requests, results, alone) // has no error
 					if requests[0].n > 1 {
-						err = test.fails(requests)
+						return test.fails(requests)
 					}
-					return results, err
+					return nil
 				})
-				b.alone = make(chan struct{}, 1) // one slot, which each has to free
+				b.lone = make(chan struct{}, 1) // one slot, which each has to free
 				done := start(b, ask{n: 1}, ask{n: 2}, ask{n: 3}, ask{n: 4})
 				for range 4 {
 					if e := <-done; !errors.Is(e.err, test.want[e.n]) {
@@ -159,18 +159,18 @@ func TestBatchFailures(t *testing.T) {
 func TestBatchStragglersHoldUpNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begin, unlock := make(chan bool), make(chan bool)
-		b, _ := testBatcher(func(requests []ask) ([]result[int], error) {
+		b, _ := testBatcher(func(requests []ask, results []result[int], alone bool) error {
 			<-begin
-			if len(requests) == 1 && requests[0].n < 0 {
+			if alone {
 				<-unlock
 			}
-			results, err := echo(requests)
+			_ = echo(requests, results, alone) // has no error
 			for i, q := range requests {
-				if q.n < 0 && len(requests) > 1 {
-					results[i].err = errTryAlone
+				if q.n < 0 && !alone {
+					results[i].err = errRetryAlone
 				}
 			}
-			return results, err
+			return nil
 		})
 		done := start(b, ask{n: 1}, ask{n: 2}, ask{n: -1}, ask{n: 3})
 		close(begin)

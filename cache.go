@@ -7,186 +7,312 @@ import (
 	"fmt"
 	"strconv"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
 )
 
 const (
-	cacheLife    = 60                     // seconds that a good is kept
-	cacheTimeout = 200 * time.Millisecond // for one exchange with Redis
-	cachePause   = time.Second            // after a failure Redis is left alone
-	cacheChunk   = 100                    // goods in one MGET: a page of large ones takes several
-	cacheFormat  = 1                      // of the JSON of a good: another one gets other keys
-	localSlots   = 1 << 14                // goods that the process itself holds
-	localMax     = 1 << 10                // bytes of each of them
+	cacheTTL     = time.Minute            // a good is kept for so long, in Redis and in the process
+	cacheTimeout = 200 * time.Millisecond // for each step of an exchange with Redis
+	cachePause   = time.Second            // Redis is left alone for so long after a failure
+	cacheConns   = 16                     // connections to Redis
+	cacheChunk   = 100                    // keys of one MGET: one reply of 1,000 large goods would take too long
+	cacheFormat  = 1                      // of the JSON of a good: another format gets other keys
+
+	cacheWriters   = 4   // goroutines that write to Redis
+	cacheMaxWrites = 256 // batches of writes that wait for them; more are dropped
+
+	localBits    = 14 // 1<<localBits goods are kept in the process itself
+	localMaxSize = 1 << 10
 )
 
-// key names one version of one good: its id, and the version in the lower 32 bits. A version never changes, so what
-// is cached under a key cannot be stale.
+// key names one version of one good: its id, and the version in the lower 32 bits. The content of a version
+// never changes, so what is cached under a key cannot be stale.
 type key = int64
 
 func newKey(id, version int32) key { return int64(id)<<32 | int64(version) }
 
-// cache keeps versions of goods, as the JSON that a list sends: some in the process itself, and in Redis what all
-// replicas share. What fails there is missing here. All methods may be called concurrently.
+func (g *good) key() key { return newKey(g.ID, g.version) }
+
+// cache keeps versions of goods, as the JSON that a list sends: the last of them in the process itself,
+// which answers a seventh more hot lists than Redis alone, and all in Redis, for all replicas. Errors of
+// Redis count as misses, and open a circuit breaker. All methods may be called concurrently.
 type cache struct {
-	pool     *redis.Pool
-	prefix   string
-	counts   *metrics
-	failedAt atomic.Int64 // when an exchange with Redis failed last, in Unix nanoseconds
+	pool      *redis.Pool
+	namespace string
+	metrics   *metrics
+	writes    chan redisWrite // in the background
+	breaker   breaker
 
-	mu      sync.Mutex // guards what follows
-	local   [localSlots]slot
-	emptied time.Time // the last time that local was
+	mu       sync.Mutex // guards what follows
+	local    [1 << localBits]localGood
+	serverID string    // what local is about: see database
+	emptied  time.Time // when local was emptied: what is in it is not older
 }
 
-// slot holds the last good with a key that belongs here.
-type slot struct {
+// localGood is the last good with a key that belongs to this place of cache.local.
+type localGood struct {
 	key  key
-	good []byte
+	json []byte
 }
 
-func (c *cache) slot(k key) *slot { return &c.local[uint64(k)*0x9E3779B97F4A7C15>>(64-14)] }
+// redisWrite is commands of one kind for Redis, each with its arguments.
+type redisWrite struct {
+	command string
+	args    [][]any
+}
 
-func newCache(url, namespace string, counts *metrics) *cache {
-	c := &cache{prefix: fmt.Sprintf("%s:%d:", namespace, cacheFormat), counts: counts}
+func newCache(url, namespace string, metrics *metrics) *cache {
+	c := &cache{namespace: namespace, metrics: metrics, writes: make(chan redisWrite, cacheMaxWrites)}
 	c.pool = &redis.Pool{
-		MaxIdle:     8,
+		MaxActive:   cacheConns,
+		MaxIdle:     cacheConns,
 		IdleTimeout: time.Minute,
-		Dial: func() (redis.Conn, error) {
-			return redis.DialURL(url, redis.DialConnectTimeout(cacheTimeout), redis.DialReadTimeout(cacheTimeout), redis.DialWriteTimeout(cacheTimeout))
-		},
-		// A connection older than the last failure may lead to a server that is gone: better a new one than a failure
-		// for each of them.
-		TestOnBorrow: func(_ redis.Conn, used time.Time) error {
-			if used.UnixNano() < c.failedAt.Load() {
+		Dial:        func() (redis.Conn, error) { return dialRedis(url) },
+		// A connection older than the last failure may lead to a server that is gone: a new one is better
+		// than a failure of each of them.
+		TestOnBorrow: func(_ redis.Conn, lastUsed time.Time) error {
+			if c.breaker.failedSince(lastUsed) {
 				return errors.New("older than a failure")
 			}
 			return nil
 		},
 	}
+	for range cacheWriters {
+		go func() {
+			for w := range c.writes {
+				c.run(w.command, w.args)
+			}
+		}()
+	}
 	return c
 }
 
-// get returns the JSON of each good, nil where it is missing. Nobody may change it.
-func (c *cache) get(keys []key) [][]byte {
-	goods := make([][]byte, len(keys))
+func dialRedis(url string) (redis.Conn, error) {
+	return redis.DialURL(url,
+		redis.DialConnectTimeout(cacheTimeout),
+		redis.DialTLSHandshakeTimeout(cacheTimeout),
+		redis.DialReadTimeout(cacheTimeout),
+		redis.DialWriteTimeout(cacheTimeout))
+}
+
+// breaker is a circuit breaker: it is open for cachePause after each failure.
+type breaker struct {
+	mu     sync.Mutex
+	failed time.Time
+}
+
+func (b *breaker) fail() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.failed = time.Now()
+}
+
+func (b *breaker) open() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return !b.failed.IsZero() && time.Since(b.failed) < cachePause
+}
+
+func (b *breaker) failedSince(t time.Time) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.failed.After(t)
+}
+
+// get returns the JSON of each good, nil where it is not cached. The caller must not change it. serverID
+// says in which database the keys name versions.
+func (c *cache) get(serverID string, keys []key) [][]byte {
+	goods := c.getLocal(serverID, keys)
 	var missing []int // indexes of keys
-	var commands [][]any
-	c.mu.Lock()
-	if time.Since(c.emptied) > cacheLife*time.Second {
-		clear(c.local[:])
-		c.emptied = time.Now()
-	}
-	for i, k := range keys {
-		if s := c.slot(k); s.key == k {
-			goods[i] = s.good
-		} else {
+	for i, good := range goods {
+		if good == nil {
 			missing = append(missing, i)
 		}
 	}
-	c.mu.Unlock()
+	misses := len(missing)
+	if misses > 0 {
+		misses -= c.getShared(serverID, keys, missing, goods)
+	}
+	c.metrics.cacheHits.Add(int64(len(keys) - misses))
+	c.metrics.cacheMisses.Add(int64(misses))
+	return goods
+}
+
+// getLocal returns what the process itself has.
+func (c *cache) getLocal(serverID string, keys []key) [][]byte {
+	goods := make([][]byte, len(keys))
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	// Emptied every minute as a whole, as Redis forgets each good after one: entries need no time of their
+	// own.
+	if c.serverID != serverID || time.Since(c.emptied) > cacheTTL {
+		clear(c.local[:])
+		c.serverID = serverID
+		c.emptied = time.Now()
+	}
+	for i, k := range keys {
+		if entry := c.place(k); entry.key == k {
+			goods[i] = entry.json
+		}
+	}
+	return goods
+}
+
+// place returns where a good with this key is kept in the process. The multiplication spreads neighbours.
+func (c *cache) place(k key) *localGood {
+	const oddRatio = 0x9E3779B97F4A7C15 // 2^64 divided by the golden ratio
+	return &c.local[uint64(k)*oddRatio>>(64-localBits)]
+}
+
+// getShared puts what Redis has of the missing goods, which are indexes of keys, into goods, and returns
+// how many they are.
+func (c *cache) getShared(serverID string, keys []key, missing []int, goods [][]byte) int {
+	var commands [][]any
 	for n, i := range missing {
 		if n%cacheChunk == 0 {
 			commands = append(commands, nil)
 		}
-		commands[n/cacheChunk] = append(commands[n/cacheChunk], c.name(keys[i]))
+		last := len(commands) - 1
+		commands[last] = append(commands[last], c.redisKey(serverID, keys[i]))
 	}
-	misses := len(missing)
-	for n, reply := range c.do("MGET", commands) {
-		texts, _ := redis.ByteSlices(reply, nil)
-		for j, text := range texts {
-			if i := missing[n*cacheChunk+j]; isGood(text, keys[i]) {
-				goods[i] = text
-				misses--
+	found := 0
+	for n, reply := range c.run("MGET", commands) {
+		values, _ := redis.ByteSlices(reply, nil) // on an error, there are none
+		for j, value := range values {
+			i := missing[n*cacheChunk+j]
+			if isGood(value, keys[i]) {
+				goods[i] = value
+				found++
 			}
 		}
 	}
-	if misses < len(missing) {
-		c.keep(keys, goods)
+	if found > 0 {
+		c.keep(serverID, keys, goods)
 	}
-	c.counts.cacheHits.Add(int64(len(keys) - misses))
-	c.counts.cacheMisses.Add(int64(misses))
-	return goods
+	return found
 }
 
-// isGood tells the JSON of a good from what others may have left under its key.
-func isGood(text []byte, k key) bool {
-	rest, ok := bytes.CutPrefix(text, strconv.AppendInt([]byte(`{"id":`), k>>32, 10))
-	return ok && bytes.HasPrefix(rest, []byte(`,"projectId":`)) && bytes.HasSuffix(rest, []byte(`Z"}`))
+// isGood tells the JSON of the good that belongs under a key from whatever else may be there. It relies on
+// the order of the fields of type good: the id comes first, and a time last.
+func isGood(value []byte, k key) bool {
+	start := strconv.AppendInt([]byte(`{"id":`), k>>32, 10)
+	start = append(start, `,"projectId":`...)
+	return bytes.HasPrefix(value, start) && bytes.HasSuffix(value, []byte(`Z"}`))
 }
 
-// keep holds goods in the process, for a minute at most, as Redis does.
-func (c *cache) keep(keys []key, goods [][]byte) {
+// keep holds goods in the process. Those that are nil are left out. The caller must not change them
+// afterwards.
+func (c *cache) keep(serverID string, keys []key, goods [][]byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.serverID != serverID {
+		return
+	}
 	for i, k := range keys {
-		if goods[i] != nil && len(goods[i]) <= localMax {
-			*c.slot(k) = slot{k, goods[i]}
+		if goods[i] != nil && len(goods[i]) <= localMaxSize {
+			*c.place(k) = localGood{k, goods[i]}
 		}
 	}
 }
 
-// put stores goods. Redis gets them in the background.
-func (c *cache) put(keys []key, goods [][]byte) {
-	c.keep(keys, goods)
+// put stores goods, in Redis in the background. The caller must not change them afterwards.
+func (c *cache) put(serverID string, keys []key, goods [][]byte) {
+	c.keep(serverID, keys, goods)
 	var commands [][]any
 	for i, k := range keys {
-		commands = append(commands, []any{c.name(k), goods[i], "EX", cacheLife})
+		commands = append(commands, []any{c.redisKey(serverID, k), goods[i], "EX", int(cacheTTL.Seconds())})
 	}
-	go c.do("SET", commands)
+	c.runLater("SET", commands)
 }
 
-// drop deletes goods from Redis in the background. Nobody asks for them any more: it only frees memory early.
-func (c *cache) drop(keys []key) {
+// drop deletes goods from Redis in the background. No list asks for them any more: it only frees memory
+// early.
+func (c *cache) drop(serverID string, keys []key) {
 	var commands [][]any
 	for _, k := range keys {
-		commands = append(commands, []any{c.name(k)})
+		commands = append(commands, []any{c.redisKey(serverID, k)})
 	}
-	go c.do("UNLINK", commands)
+	c.runLater("UNLINK", commands)
 }
 
-func (c *cache) name(k key) string {
-	b := append(make([]byte, 0, 64), c.prefix...)
-	b = append(strconv.AppendInt(b, k>>32, 10), ':')
-	return string(strconv.AppendInt(b, k&(1<<32-1), 10))
+// redisKey returns NAMESPACE:FORMAT-SERVER:ID:VERSION.
+func (c *cache) redisKey(serverID string, k key) string {
+	b := make([]byte, 0, 96)
+	b = append(b, c.namespace...)
+	b = append(b, ':')
+	b = strconv.AppendInt(b, cacheFormat, 10)
+	b = append(b, '-')
+	b = append(b, serverID...)
+	b = append(b, ':')
+	b = strconv.AppendInt(b, k>>32, 10)
+	b = append(b, ':')
+	b = strconv.AppendInt(b, k&(1<<32-1), 10)
+	return string(b)
 }
 
-// ping reports whether Redis takes a write, whatever went wrong a moment ago.
+// ping reports whether Redis runs the commands that goods are cached with, whatever went wrong a moment ago.
 func (c *cache) ping(context.Context) error {
-	_, err := c.exchange("SET", [][]any{{c.prefix + "ping", "", "EX", 1}})
-	return err
+	probe := fmt.Sprintf("%s:%d:ping", c.namespace, cacheFormat)
+	for _, w := range []redisWrite{
+		{"SET", [][]any{{probe, "", "EX", 1}}},
+		{"MGET", [][]any{{probe}}},
+		{"UNLINK", [][]any{{probe}}},
+	} {
+		if _, err := c.exchange(w.command, w.args); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-// do has Redis run a command once for each list of arguments, and returns no replies if Redis fails, or failed a
-// moment ago.
-func (c *cache) do(command string, arguments [][]any) []any {
-	if len(arguments) == 0 || time.Since(time.Unix(0, c.failedAt.Load())) < cachePause {
+// runLater has a command run in the background, once for each list of arguments; or not at all, when Redis
+// is slower than the writes come.
+func (c *cache) runLater(command string, args [][]any) {
+	if len(args) == 0 {
+		return
+	}
+	select {
+	case c.writes <- redisWrite{command, args}:
+	default:
+	}
+}
+
+// run has Redis run a command once for each list of arguments. It returns no replies if Redis fails, or
+// failed a moment ago.
+func (c *cache) run(command string, args [][]any) []any {
+	if c.breaker.open() {
 		return nil
 	}
-	replies, err := c.exchange(command, arguments)
+	replies, err := c.exchange(command, args)
 	if err != nil {
-		c.counts.cacheErrors.Add(1)
-		c.failedAt.Store(time.Now().UnixNano())
+		c.metrics.cacheErrors.Add(1)
+		c.breaker.fail()
+		return nil
 	}
 	return replies
 }
 
-func (c *cache) exchange(command string, arguments [][]any) (replies []any, err error) {
+// exchange sends a command once for each list of arguments, and then reads all replies.
+func (c *cache) exchange(command string, args [][]any) ([]any, error) {
 	conn := c.pool.Get()
 	defer conn.Close()
-	for _, a := range arguments {
-		_ = conn.Send(command, a...) // its error stays with the connection
-	}
-	err = conn.Flush()
-	for range arguments {
-		if err == nil {
-			var reply any
-			reply, err = conn.Receive()
-			replies = append(replies, reply)
+	for _, a := range args {
+		if err := conn.Send(command, a...); err != nil {
+			return nil, err
 		}
 	}
-	return replies, err
+	if err := conn.Flush(); err != nil {
+		return nil, err
+	}
+	replies := make([]any, 0, len(args))
+	for range args {
+		reply, err := conn.Receive()
+		if err != nil {
+			return nil, err
+		}
+		replies = append(replies, reply)
+	}
+	return replies, nil
 }

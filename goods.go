@@ -2,41 +2,20 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"database/sql"
 	_ "embed"
 	"encoding/json"
 	"fmt"
 	"log/slog"
-	"strings"
 	"time"
 
 	"github.com/lib/pq"
 	"github.com/lib/pq/pqerror"
 )
 
-// failure is an error that a client is told about, as JSON. Every other error is internal, for the log only.
-type failure struct {
-	Status  int               `json:"-"` // of HTTP
-	Code    int               `json:"code"`
-	Message string            `json:"message"`
-	Details map[string]string `json:"details"` // what is wrong with each bad field
-}
-
-func (f *failure) Error() string { return fmt.Sprint(f.Message, " ", f.Details) }
-
-var (
-	none                = map[string]string{}
-	errGoodNotFound     = &failure{404, 3, "errors.good.notFound", none}
-	errCampaignNotFound = &failure{404, 4, "errors.campaign.notFound", none}
-	errKeyReused        = &failure{422, 9, "errors.request.keyReused", none}
-)
-
-// invalid is the failure of a request with these bad fields.
-func invalid(details map[string]string) error {
-	return &failure{400, 2, "errors.request.invalid", details}
-}
-
-// good is one version of one row of goods.
+// good is one version of one row of goods. Its JSON is what clients see; isGood relies on the order of the
+// fields.
 type good struct {
 	ID          int32     `json:"id"`
 	ProjectID   int32     `json:"projectId"`
@@ -48,52 +27,69 @@ type good struct {
 	version     int32
 }
 
-// timestamp is a time in UTC with microseconds, all six digits written.
+// fields returns where to scan a row of goods. Every query that reads whole goods names these columns in
+// this order.
+func (g *good) fields() []any {
+	return []any{&g.ID, &g.ProjectID, &g.Name, &g.Description, &g.Priority, &g.Removed, &g.CreatedAt.Time, &g.version}
+}
+
+// timestamp is a time that is written in UTC, with all six digits of the microseconds.
 type timestamp struct{ time.Time }
 
 func (t timestamp) MarshalJSON() ([]byte, error) {
 	return t.UTC().AppendFormat(nil, `"2006-01-02T15:04:05.000000Z"`), nil
 }
 
-// encodeJSON is json.Marshal without the escapes that only HTML needs.
-func encodeJSON(v any) ([]byte, error) {
+// encodeJSON is json.Marshal without the escapes that only HTML needs. It is for values that have strings,
+// numbers, booleans and times only: with them, it cannot fail.
+func encodeJSON(v any) []byte {
 	var b bytes.Buffer
-	e := json.NewEncoder(&b)
-	e.SetEscapeHTML(false)
-	if err := e.Encode(v); err != nil {
-		return nil, err
+	encoder := json.NewEncoder(&b)
+	encoder.SetEscapeHTML(false)
+	if err := encoder.Encode(v); err != nil {
+		panic(err)
 	}
-	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), nil
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
 }
 
-// fields are where a row of goods goes, in the order of the queries' columns.
-func (g *good) fields() []any {
-	return []any{&g.ID, &g.ProjectID, &g.Name, &g.Description, &g.Priority, &g.Removed, &g.CreatedAt.Time, &g.version}
-}
-
-// service does what the API says, each call in a batch. An error is a *failure, or the service's own.
+// service has the operations of the API. Each joins a batch, or is one by itself, and ends within
+// requestTimeout. An error is a *failure, or one that unavailable knows, or else internal. All methods may
+// be called concurrently.
 type service struct {
-	db    *database
-	cache *cache
-	wake  func() // tells the relay that something was written
+	db        *database
+	cache     *cache
+	log       *eventLog
+	replies   replyMemory
+	wakeRelay func() // says that there are new events
 
-	creates *batcher[createRequest, createResult]
-	edits   *batcher[editRequest, good]
-	moves   *batcher[moveRequest, []place]
-	lists   *batcher[listRequest, []byte]
+	creates      *batcher[createRequest, created]
+	edits        *batcher[editRequest, good]
+	moves        *batcher[moveRequest, []position]
+	gets         *batcher[getRequest, good]
+	allGoods     *pages
+	projectGoods *pages
 }
 
-func newService(db *database, cache *cache, wake func(), counts *metrics, log *slog.Logger) *service {
-	s := &service{db: db, cache: cache, wake: wake}
-	s.creates = newBatcher("create", 64, s.createAll, counts, log)
-	s.edits = newBatcher("edit", 64, s.editAll, counts, log)
-	s.moves = newBatcher("reprioritize", 1, s.moveGood, counts, log)
-	s.lists = newBatcher("list", 64, s.readPages, counts, log)
+const (
+	batchLimit = 64 // requests in one batch
+	batchers   = 8  // of a service
+	// requestConns are enough for every batcher to run a batch and retry requests alone, and for a ping.
+	requestConns = batchers*(1+loneRequests) + 1
+)
+
+func newService(db *database, cache *cache, events *eventLog, wakeRelay func(), metrics *metrics,
+	log *slog.Logger) *service {
+	s := &service{db: db, cache: cache, log: events, replies: newReplyMemory(), wakeRelay: wakeRelay}
+	s.creates = newBatcher("create", batchLimit, s.createGoods, metrics, log)
+	s.edits = newBatcher("edit", batchLimit, s.editGoods, metrics, log)
+	s.moves = newBatcher("reprioritize", batchLimit, s.moveGoods, metrics, log)
+	s.gets = newBatcher("get", batchLimit, s.getGoods, metrics, log)
+	s.allGoods = newPages("list", listVersions, listGoods, db, cache, metrics, log)
+	s.projectGoods = newPages("project list", projectVersions, projectGoods, db, cache, metrics, log)
 	return s
 }
 
-// createRequest makes a good, once for each key that is not empty. The fields are columns of a batch, which travels
-// to Postgres as one JSON text.
+// createRequest makes a good, once for each key that is not empty. Its JSON is what create_goods.sql takes.
 type createRequest struct {
 	ProjectID   int32  `json:"project_id"`
 	Name        string `json:"name"`
@@ -101,105 +97,224 @@ type createRequest struct {
 	Key         string `json:"key,omitempty"`
 }
 
-// apart keeps requests with the same key out of one batch: the second then finds the good of the first.
-func (q createRequest) apart() any {
+// conflictKey keeps requests with the same key out of one batch: the second then finds the good of the first.
+func (q createRequest) conflictKey() any {
 	if q.Key == "" {
 		return nil
 	}
-	return createRequest{ProjectID: q.ProjectID, Key: q.Key}
+	type projectAndKey struct {
+		projectID int32
+		key       string
+	}
+	return projectAndKey{q.ProjectID, q.Key}
 }
 
-type createResult struct {
+type created struct {
 	good
 	repeated bool // the key made the good before
 }
 
-//go:embed sql/queries/create.sql
-var createGoods string
-
-func (s *service) createAll(requests []createRequest) ([]result[createResult], error) {
-	results := make([]result[createResult], len(requests))
-	batch, _ := json.Marshal(requests) // of texts and numbers: cannot fail
-	err := s.db.inTx(func(tx *sql.Tx) error {
-		var fresh []good
-		err := s.db.query(tx, createGoods, []any{string(batch)}, func(rows *sql.Rows) error {
-			var n int
-			var same bool
-			var g good
-			err := rows.Scan(append([]any{&n, &same}, g.fields()...)...)
-			if n == 0 {
-				fresh = append(fresh, g)
-			} else if results[n-1].answer = (createResult{g, true}); !same {
-				results[n-1].err = errKeyReused
-			}
-			return err
-		})
-		for i, q := range requests {
-			if r := &results[i]; r.err != nil || r.answer.repeated {
-				continue
-			} else if len(fresh) > 0 && fresh[0].ProjectID == q.ProjectID {
-				r.answer.good, fresh = fresh[0], fresh[1:]
-			} else {
-				r.err = errCampaignNotFound
-			}
-		}
-		return err
-	})
-	if e := pq.As(err, pqerror.UniqueViolation); e != nil && e.Constraint == "goods_idempotency_key" {
-		return s.createAll(requests) // another transaction used a key while this one waited for the lock: now it is known
-	}
-	s.wake()
-	return results, err
+// Create makes a good at the end of the list. With a key that made a good before, it returns that good as
+// it is now instead. Failures: errCampaignNotFound, errKeyReused.
+func (s *service) Create(ctx context.Context, q createRequest) (created, error) {
+	return s.creates.do(ctx, q)
 }
 
-// editRequest changes one good.
+//go:embed sql/queries/create_goods.sql
+var createGoods string
+
+// createAttempts are enough for keys that other transactions use while this one waits for the lock of the
+// priorities: the next attempt knows them.
+const createAttempts = 3
+
+func (s *service) createGoods(requests []createRequest, results []result[created], _ bool) error {
+	var err error
+	for range createAttempts {
+		err = s.createOnce(requests, results)
+		e := pq.As(err, pqerror.UniqueViolation)
+		if e == nil || e.Constraint != "goods_idempotency_key" {
+			break
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("create goods: %w", err)
+	}
+	s.wakeRelay()
+	return nil
+}
+
+func (s *service) createOnce(requests []createRequest, results []result[created]) error {
+	for i := range results {
+		results[i] = result[created]{err: errCampaignNotFound} // unless there is a row for it
+	}
+	return s.db.inTx(func(tx transaction) error {
+		return tx.query(createGoods, []any{string(encodeJSON(requests))}, func(rows *sql.Rows) error {
+			var n int
+			var same bool
+			var c created
+			if err := rows.Scan(append([]any{&n, &c.repeated, &same}, c.fields()...)...); err != nil {
+				return err
+			}
+			results[n-1] = result[created]{answer: c}
+			if !same {
+				results[n-1].err = errKeyReused
+			}
+			return nil
+		})
+	})
+}
+
+// editRequest changes one good. Its JSON is what edit_goods.sql takes.
 type editRequest struct {
 	ID          int32   `json:"id"`
 	ProjectID   int32   `json:"project_id"`
 	Name        *string `json:"name"`        // nil leaves it
 	Description *string `json:"description"` // nil leaves it
 	Removed     bool    `json:"removed"`
+	Version     *int32  `json:"version"` // that the good must have, unless nil
 }
 
-func (q editRequest) apart() any { return q.ID } // one statement changes a row once
+// conflictKey keeps requests for the same good apart: one statement changes a row once.
+func (q editRequest) conflictKey() any { return q.ID }
 
-//go:embed sql/queries/edit.sql
-var editGood string
+// Update changes the name, and the description unless that is nil. It returns the good as it is then.
+// Failures: errGoodNotFound, errGoodChanged.
+func (s *service) Update(ctx context.Context, q editRequest) (good, error) {
+	return s.edits.do(ctx, q)
+}
 
-// In company, nobody waits for a good that is locked elsewhere: what is not found may be that, and is tried alone.
-var editGoods = strings.Replace(editGood, "FOR UPDATE OF g", "FOR UPDATE OF g SKIP LOCKED", 1)
+// Remove marks a good as removed: it keeps its place in the list, and no call can change it any more.
+// Failures: errGoodNotFound, errGoodChanged.
+func (s *service) Remove(ctx context.Context, q editRequest) (good, error) {
+	q.Removed = true
+	return s.edits.do(ctx, q)
+}
 
-func (s *service) editAll(requests []editRequest) ([]result[good], error) {
-	query, notFound := editGood, error(errGoodNotFound)
-	if len(requests) > 1 {
-		query, notFound = editGoods, errTryAlone
-	}
-	results := make([]result[good], len(requests))
-	index := make(map[int32]int, len(requests)) // by id
-	for i, q := range requests {
-		index[q.ID], results[i].err = i, notFound // unless a row says otherwise
-	}
-	var old, keys []key
-	var texts [][]byte
-	batch, _ := json.Marshal(requests) // of texts and numbers: cannot fail
-	err := s.db.inTx(func(tx *sql.Tx) error {
-		return s.db.query(tx, query, []any{string(batch)}, func(rows *sql.Rows) error {
-			var g good
-			if err := rows.Scan(g.fields()...); err != nil {
+//go:embed sql/queries/edit_goods.sql
+var editGoods string
+
+const lockGood = `
+SELECT id
+FROM goods
+WHERE id = $1
+  AND project_id = $2
+FOR UPDATE`
+
+// editGoods leaves out what another transaction has locked, so that one such good does not hold up the
+// others. A request that is retried alone waits for the lock first, and then finds it taken by its own
+// transaction.
+func (s *service) editGoods(requests []editRequest, results []result[good], alone bool) error {
+	var before, after []key
+	var goods [][]byte
+	serverID := s.db.id()
+	err := s.db.inTx(func(tx transaction) error {
+		if alone {
+			q := requests[0]
+			if err := tx.query(lockGood, []any{q.ID, q.ProjectID}, ignoreRow); err != nil {
 				return err
 			}
-			results[index[g.ID]] = result[good]{answer: g}
-			old, keys = append(old, newKey(g.ID, g.version-1)), append(keys, newKey(g.ID, g.version))
-			text, err := encodeJSON(&g)
-			texts = append(texts, text)
-			return err
+		}
+		return tx.query(editGoods, []any{string(encodeJSON(requests))}, func(rows *sql.Rows) error {
+			var n int
+			var outcome string
+			var g nullGood
+			if err := rows.Scan(append([]any{&n, &outcome}, g.fields()...)...); err != nil {
+				return err
+			}
+			r := &results[n-1]
+			switch outcome {
+			case "edited":
+				r.answer = g.good()
+				before = append(before, newKey(r.answer.ID, r.answer.version-1))
+				after = append(after, r.answer.key())
+				goods = append(goods, encodeJSON(&r.answer))
+			case "changed":
+				r.err = errGoodChanged
+			case "missing":
+				r.err = errGoodNotFound
+			default:
+				r.err = lockedOrRetry(alone)
+			}
+			return nil
 		})
 	})
 	if err != nil {
-		return nil, fmt.Errorf("edit goods: %w", err)
+		return fmt.Errorf("edit goods: %w", err)
 	}
-	s.wake()
-	s.cache.keep(keys, texts) // a list wants them next
-	s.cache.drop(old)
-	return results, nil
+	s.wakeRelay()
+	s.cache.keep(serverID, after, goods) // the next list needs them
+	s.cache.drop(serverID, before)
+	return nil
+}
+
+// lockedOrRetry returns the error of a request whose good another transaction has locked.
+func lockedOrRetry(alone bool) error {
+	if alone {
+		return errLocked
+	}
+	return errRetryAlone
+}
+
+func ignoreRow(*sql.Rows) error { return nil }
+
+// nullGood is a good that may be absent from a row: then all of its columns are null.
+type nullGood struct {
+	id, projectID, priority, version sql.Null[int32]
+	name, description                sql.Null[string]
+	removed                          sql.Null[bool]
+	createdAt                        sql.Null[time.Time]
+}
+
+// fields is good.fields.
+func (g *nullGood) fields() []any {
+	return []any{&g.id, &g.projectID, &g.name, &g.description, &g.priority, &g.removed, &g.createdAt, &g.version}
+}
+
+func (g *nullGood) good() good {
+	return good{
+		ID:          g.id.V,
+		ProjectID:   g.projectID.V,
+		Name:        g.name.V,
+		Description: g.description.V,
+		Priority:    g.priority.V,
+		Removed:     g.removed.V,
+		CreatedAt:   timestamp{g.createdAt.V},
+		version:     g.version.V,
+	}
+}
+
+// getRequest asks for one good.
+type getRequest struct{ id, projectID int32 }
+
+func (q getRequest) conflictKey() any { return nil }
+
+// Get returns a good, also a removed one. Failures: errGoodNotFound.
+func (s *service) Get(ctx context.Context, q getRequest) (good, error) {
+	return s.gets.do(ctx, q)
+}
+
+//go:embed sql/queries/get_goods.sql
+var getGoods string
+
+func (s *service) getGoods(requests []getRequest, results []result[good], _ bool) error {
+	ids := make(pq.Int32Array, len(requests))
+	projects := make(pq.Int32Array, len(requests))
+	for i, q := range requests {
+		ids[i] = q.id
+		projects[i] = q.projectID
+		results[i].err = errGoodNotFound // unless there is a row for it
+	}
+	err := s.db.query(getGoods, []any{ids, projects}, func(rows *sql.Rows) error {
+		var n int
+		var g good
+		if err := rows.Scan(append([]any{&n}, g.fields()...)...); err != nil {
+			return err
+		}
+		results[n-1] = result[good]{answer: g}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("get goods: %w", err)
+	}
+	return nil
 }

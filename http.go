@@ -1,8 +1,11 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	_ "embed"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -15,185 +18,359 @@ import (
 	"time"
 )
 
-// The failures that only HTTP knows.
-var (
-	errInternal      = &failure{500, 1, "errors.internal", none}
-	errRouteNotFound = &failure{404, 5, "errors.route.notFound", none}
-	errMethod        = &failure{405, 6, "errors.method.notAllowed", none}
-	errUnavailable   = &failure{503, 8, "errors.service.unavailable", none}
-)
-
 //go:embed openapi.yaml
-var openAPI []byte
+var openAPIDocument []byte
 
+//go:embed page.html
+var pageHTML []byte
+
+// api serves the service's operations over HTTP.
 type api struct {
 	service *service
 	health  *health
-	counts  *metrics
-	closing atomic.Bool // the service is shutting down
+	metrics *metrics
 	log     *slog.Logger
+	origins *http.CrossOriginProtection
+	policy  string      // Content-Security-Policy of the page
+	failing runOfErrors // 503
+	closing atomic.Bool // the service is shutting down
 }
 
-// handler serves one route. The reply is JSON already, or becomes it; an error becomes the reply.
-type handler func(w http.ResponseWriter, r *http.Request) (status int, reply any, err error)
+func newAPI(service *service, health *health, metrics *metrics, log *slog.Logger) *api {
+	return &api{
+		service: service,
+		health:  health,
+		metrics: metrics,
+		log:     log,
+		origins: http.NewCrossOriginProtection(),
+		policy:  contentSecurityPolicy(pageHTML),
+		failing: runOfErrors{state: stateLog{log: log, name: "requests"}},
+	}
+}
+
+// handler serves one route. An error becomes the reply.
+type handler func(w http.ResponseWriter, r *http.Request) (reply, error)
+
+// reply is what a handler answers.
+type reply struct {
+	status  int
+	body    any    // []byte is written as it is, anything else as JSON
+	release func() // is called when the reply has been written, unless it is nil
+}
 
 // routes returns the API, with JSON errors for every other request.
 func (a *api) routes() http.Handler {
+	routes := []struct {
+		method, path string
+		handle       handler
+	}{
+		{"POST", "/goods/create", a.create},
+		{"PATCH", "/goods/update", a.update},
+		{"PATCH", "/goods/reprioritize", a.reprioritize},
+		{"DELETE", "/goods/remove", a.remove},
+		{"GET", "/goods/list", a.list},
+		{"GET", "/goods/get", a.get},
+		{"GET", "/goods/history", a.history},
+		{"GET", "/", a.page},
+		{"GET", "/healthz", a.healthz},
+		{"GET", "/readyz", a.readyz},
+		{"GET", "/metrics", a.writeMetrics},
+		{"GET", "/openapi.yaml", a.openAPI},
+	}
 	mux := http.NewServeMux()
 	known := map[string]bool{}
-	handle := func(method, path string, h handler) {
-		known[path] = true
-		counts := a.counts.route(path)
-		mux.Handle(method+" "+path, a.answer(counts, h))
-		mux.Handle(path, a.answer(counts, func(w http.ResponseWriter, _ *http.Request) (int, any, error) {
-			w.Header().Set("Allow", strings.Replace(method, "GET", "GET, HEAD", 1))
-			return 0, nil, errMethod
-		}))
-	}
-	handle("POST", "/goods/create", a.create)
-	handle("PATCH", "/goods/update", a.update)
-	handle("PATCH", "/goods/reprioritize", a.reprioritize)
-	handle("DELETE", "/goods/remove", a.remove)
-	handle("GET", "/goods/list", a.list)
-	handle("GET", "/healthz", func(http.ResponseWriter, *http.Request) (int, any, error) {
-		return http.StatusOK, map[string]string{"status": "ok"}, nil
-	})
-	handle("GET", "/readyz", func(http.ResponseWriter, *http.Request) (int, any, error) {
-		if a.closing.Load() || !a.health.up("postgres") {
-			return http.StatusServiceUnavailable, a.health.report(), nil
+	for _, route := range routes {
+		known[route.path] = true
+		pattern := route.path
+		if pattern == "/" {
+			pattern = "/{$}" // or it would match every path
 		}
-		return http.StatusOK, a.health.report(), nil
-	})
-	handle("GET", "/metrics", func(w http.ResponseWriter, _ *http.Request) (int, any, error) {
-		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		return http.StatusOK, a.counts.text(a.health), nil
-	})
-	handle("GET", "/openapi.yaml", func(w http.ResponseWriter, _ *http.Request) (int, any, error) {
-		w.Header().Set("Content-Type", "application/yaml")
-		return http.StatusOK, openAPI, nil
-	})
-	unknown := a.answer(a.counts.route("other"), func(http.ResponseWriter, *http.Request) (int, any, error) { return 0, nil, errRouteNotFound })
+		metrics := a.metrics.route(route.path)
+		mux.Handle(route.method+" "+pattern, a.adapt(metrics, route.handle))
+		mux.Handle(pattern, a.adapt(metrics, methodNotAllowed(route.method)))
+	}
+	notFound := a.adapt(a.metrics.route("other"), routeNotFound)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !known[r.URL.EscapedPath()] { // paths are exact: the mux would redirect one that it can clean
-			unknown.ServeHTTP(w, r)
+		// Paths are exact: the mux would redirect one that it can clean.
+		if !known[r.URL.EscapedPath()] {
+			notFound.ServeHTTP(w, r)
 			return
 		}
 		mux.ServeHTTP(w, r)
 	})
 }
 
-func (a *api) create(w http.ResponseWriter, r *http.Request) (int, any, error) {
-	in := readInput(w, r, "name", "description")
-	q := createRequest{ProjectID: in.number("projectId", 0, maxInt32), Key: in.idempotencyKey(r.Header)}
-	name, description := in.name(), in.text("description", maxDescription)
-	if err := in.fault(); err != nil {
-		return 0, nil, err
+func methodNotAllowed(method string) handler {
+	allow := method
+	if method == "GET" {
+		allow = "GET, HEAD"
+	}
+	return func(w http.ResponseWriter, _ *http.Request) (reply, error) {
+		w.Header().Set("Allow", allow)
+		return reply{}, errMethodNotAllowed
+	}
+}
+
+func routeNotFound(http.ResponseWriter, *http.Request) (reply, error) {
+	return reply{}, errRouteNotFound
+}
+
+func (a *api) create(w http.ResponseWriter, r *http.Request) (reply, error) {
+	in := readInputWithBody(w, r, "name", "description")
+	q := createRequest{ProjectID: in.required("projectId"), Key: in.idempotencyKey()}
+	name := in.name()
+	description := in.description()
+	if err := in.err(); err != nil {
+		return reply{}, err
 	}
 	q.Name = *name
 	if description != nil {
 		q.Description = *description
 	}
-	created, err := a.service.creates.do(r.Context(), q)
-	if created.repeated {
-		return http.StatusOK, &created.good, err
+	c, err := a.service.Create(r.Context(), q)
+	if err != nil {
+		return reply{}, err
 	}
-	return http.StatusCreated, &created.good, err
+	setETag(w, c.good)
+	if c.repeated {
+		return reply{status: http.StatusOK, body: &c.good}, nil
+	}
+	return reply{status: http.StatusCreated, body: &c.good}, nil
 }
 
-func (a *api) update(w http.ResponseWriter, r *http.Request) (int, any, error) {
-	in := readInput(w, r, "name", "description")
-	q := editRequest{ID: in.number("id", 0, maxInt32), ProjectID: in.number("projectId", 0, maxInt32),
-		Name: in.name(), Description: in.text("description", maxDescription)}
-	if err := in.fault(); err != nil {
-		return 0, nil, err
+func (a *api) update(w http.ResponseWriter, r *http.Request) (reply, error) {
+	in := readInputWithBody(w, r, "name", "description")
+	q := editRequest{Name: in.name(), Description: in.description(), Version: in.ifMatch()}
+	q.ID, q.ProjectID = in.good()
+	if err := in.err(); err != nil {
+		return reply{}, err
 	}
-	g, err := a.service.edits.do(r.Context(), q)
-	return http.StatusOK, &g, err
+	g, err := a.service.Update(r.Context(), q)
+	if err != nil {
+		return reply{}, err
+	}
+	setETag(w, g)
+	return reply{status: http.StatusOK, body: &g}, nil
 }
 
-func (a *api) reprioritize(w http.ResponseWriter, r *http.Request) (int, any, error) {
-	in := readInput(w, r, "newPriority")
-	q := moveRequest{in.number("id", 0, maxInt32), in.number("projectId", 0, maxInt32), in.integer("newPriority")}
-	if err := in.fault(); err != nil {
-		return 0, nil, err
+func (a *api) reprioritize(w http.ResponseWriter, r *http.Request) (reply, error) {
+	in := readInputWithBody(w, r, "newPriority")
+	q := moveRequest{Priority: in.integer("newPriority"), Version: in.ifMatch()}
+	q.ID, q.ProjectID = in.good()
+	if err := in.err(); err != nil {
+		return reply{}, err
 	}
-	places, err := a.service.moves.do(r.Context(), q)
-	return http.StatusOK, map[string][]place{"priorities": places}, err
+	positions, err := a.service.Move(r.Context(), q)
+	if err != nil {
+		return reply{}, err
+	}
+	return reply{status: http.StatusOK, body: struct {
+		Priorities []position `json:"priorities"`
+	}{positions}}, nil
 }
 
-func (a *api) remove(w http.ResponseWriter, r *http.Request) (int, any, error) {
-	in := readInput(w, r)
-	q := editRequest{ID: in.number("id", 0, maxInt32), ProjectID: in.number("projectId", 0, maxInt32), Removed: true}
-	if err := in.fault(); err != nil {
-		return 0, nil, err
+func (a *api) remove(w http.ResponseWriter, r *http.Request) (reply, error) {
+	in := readInput(r)
+	q := editRequest{Version: in.ifMatch()}
+	q.ID, q.ProjectID = in.good()
+	if err := in.err(); err != nil {
+		return reply{}, err
 	}
-	g, err := a.service.edits.do(r.Context(), q)
-	return http.StatusOK, struct {
+	g, err := a.service.Remove(r.Context(), q)
+	if err != nil {
+		return reply{}, err
+	}
+	return reply{status: http.StatusOK, body: struct {
 		ID         int32 `json:"id"`
 		CampaignID int32 `json:"campaignId"`
 		Removed    bool  `json:"removed"`
-	}{g.ID, g.ProjectID, g.Removed}, err
+	}{g.ID, g.ProjectID, g.Removed}}, nil
 }
 
-func (a *api) list(w http.ResponseWriter, r *http.Request) (int, any, error) {
-	in := readInput(w, r)
-	q := listRequest{in.number("limit", 10, maxLimit), in.number("offset", 1, maxInt32)}
-	if err := in.fault(); err != nil {
-		return 0, nil, err
+func (a *api) list(_ http.ResponseWriter, r *http.Request) (reply, error) {
+	in := readInput(r)
+	q := listRequest{
+		projectID: in.optional("projectId", 0, maxInt32),
+		limit:     in.optional("limit", 10, maxLimit),
+		offset:    in.optional("offset", 1, maxInt32),
 	}
-	page, err := a.service.lists.do(r.Context(), q)
-	return http.StatusOK, page, err
+	if err := in.err(); err != nil {
+		return reply{}, err
+	}
+	page, release, err := a.service.List(r.Context(), q)
+	return reply{status: http.StatusOK, body: page, release: release}, err
 }
 
-// answer adapts a handler: it writes the reply, and counts and logs the request once.
-func (a *api) answer(counts *routeMetrics, h handler) http.Handler {
+func (a *api) get(w http.ResponseWriter, r *http.Request) (reply, error) {
+	in := readInput(r)
+	id, projectID := in.good()
+	if err := in.err(); err != nil {
+		return reply{}, err
+	}
+	g, err := a.service.Get(r.Context(), getRequest{id, projectID})
+	if err != nil {
+		return reply{}, err
+	}
+	setETag(w, g)
+	return reply{status: http.StatusOK, body: &g}, nil
+}
+
+func (a *api) history(_ http.ResponseWriter, r *http.Request) (reply, error) {
+	in := readInput(r)
+	q := historyRequest{limit: in.optional("limit", 10, maxLimit), offset: in.optional("offset", 1, maxInt32)}
+	q.id, q.projectID = in.good()
+	if err := in.err(); err != nil {
+		return reply{}, err
+	}
+	page, release, err := a.service.History(r.Context(), q)
+	return reply{status: http.StatusOK, body: page, release: release}, err
+}
+
+func (a *api) page(w http.ResponseWriter, _ *http.Request) (reply, error) {
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	w.Header().Set("Content-Security-Policy", a.policy)
+	w.Header().Set("Referrer-Policy", "no-referrer")
+	return reply{status: http.StatusOK, body: pageHTML}, nil
+}
+
+func (a *api) healthz(http.ResponseWriter, *http.Request) (reply, error) {
+	return reply{status: http.StatusOK, body: map[string]string{"status": "ok"}}, nil
+}
+
+func (a *api) readyz(http.ResponseWriter, *http.Request) (reply, error) {
+	status := http.StatusOK
+	if a.closing.Load() || !a.health.up("postgres") {
+		status = http.StatusServiceUnavailable
+	}
+	return reply{status: status, body: a.health.report()}, nil
+}
+
+func (a *api) writeMetrics(w http.ResponseWriter, _ *http.Request) (reply, error) {
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	return reply{status: http.StatusOK, body: a.metrics.text(a.health)}, nil
+}
+
+func (a *api) openAPI(w http.ResponseWriter, _ *http.Request) (reply, error) {
+	w.Header().Set("Content-Type", "application/yaml")
+	return reply{status: http.StatusOK, body: openAPIDocument}, nil
+}
+
+// contentSecurityPolicy lets the page be what it is, talk to this service, and nothing else: its one style
+// and its one script are known by their hashes.
+func contentSecurityPolicy(page []byte) string {
+	hash := func(element string) string {
+		_, rest, _ := bytes.Cut(page, []byte("<"+element+">"))
+		text, _, _ := bytes.Cut(rest, []byte("</"+element+">"))
+		sum := sha256.Sum256(text)
+		return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
+	}
+	return "default-src 'none'; connect-src 'self'; style-src " + hash("style") + "; script-src " + hash("script") +
+		"; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+}
+
+func setETag(w http.ResponseWriter, g good) {
+	w.Header().Set("ETag", `"`+strconv.Itoa(int(g.version))+`"`)
+}
+
+// adapt makes an http.Handler of a handler: it writes the reply, and counts and logs the request once.
+func (a *api) adapt(metrics *routeMetrics, h handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
-		id := r.Header.Get("X-Request-Id")
-		if id == "" || len(id) > 128 || !printable(id) || strings.Contains(id, " ") {
-			id = strconv.FormatUint(rand.Uint64(), 36)
-		}
+		id := requestID(r)
 		w.Header().Set("X-Request-Id", id)
-		w.Header()["Content-Type"] = jsonType // unless the handler has another
-		status, reply, err := h.safely(w, r)
+		w.Header().Set("Cache-Control", "no-store") // or a cache on the way serves old lists
+		w.Header().Set("X-Content-Type-Options", "nosniff")
+		if a.closing.Load() {
+			w.Header().Set("Connection", "close") // the next request would find nobody
+		}
+		if r.ContentLength != 0 && (r.Method == "GET" || r.Method == "HEAD" || r.Method == "DELETE") {
+			// The body is ignored, but by default the reply would wait for it.
+			_ = http.NewResponseController(w).EnableFullDuplex()
+		}
+		reply, err := a.serve(h, w, r)
+		if reply.release != nil {
+			defer reply.release()
+		}
 		if err != nil {
-			f := errInternal
-			if !errors.As(err, &f) && unavailable(err) {
-				f = errUnavailable
-				w.Header().Set("Retry-After", "1")
-			} else if f == errInternal {
-				a.log.Error("request failed", "id", id, "method", r.Method, "path", r.URL.Path, "err", err)
-			}
-			status, reply = f.Status, f
+			reply.status, reply.body = a.failed(w, r, id, err)
 		}
-		body, ok := reply.([]byte)
-		if !ok {
-			body, _ = encodeJSON(reply) // of texts and numbers: cannot fail
-			body = append(body, '\n')
-		}
-		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
-		w.WriteHeader(status)
-		_, _ = w.Write(body) // its errors are the client's
+		write(w, reply)
+		status := reply.status
 		if errors.Is(r.Context().Err(), context.Canceled) {
-			status = 499 // the client has gone, or is very slow: the reply is hardly read
+			status = statusClientGone // or very slow: the reply is not read
 		}
-		took := time.Since(start).Seconds()
-		counts.latency.observe(took)
-		counts.statuses[status].Add(1)
-		if a.log.Enabled(r.Context(), slog.LevelDebug) { // or its values would be made for nothing
-			a.log.Debug("request", "id", id, "method", r.Method, "path", r.URL.Path, "status", status, "seconds", took, "err", err)
+		took := time.Since(start)
+		metrics.observe(status, took)
+		if a.log.Enabled(r.Context(), slog.LevelDebug) { // or the values would be made for nothing
+			a.log.Debug("request", "id", id, "method", r.Method, "path", r.URL.Path, "status", status,
+				"seconds", took.Seconds(), "err", err)
 		}
 	})
 }
 
-var jsonType = []string{"application/json"}
+// statusClientGone is counted for requests whose client does not wait for the reply. nginx has the same.
+const statusClientGone = 499
 
-// safely turns a panic into an error.
-func (h handler) safely(w http.ResponseWriter, r *http.Request) (status int, reply any, err error) {
+// requestID returns the client's X-Request-Id, or a new one.
+func requestID(r *http.Request) string {
+	id := r.Header.Get("X-Request-Id")
+	if id == "" || len(id) > 128 || !printable(id) || strings.Contains(id, " ") {
+		return strconv.FormatUint(rand.Uint64(), 36)
+	}
+	return id
+}
+
+// serve runs a handler, unless the request comes from a page of another origin. It turns a panic into an
+// error.
+func (a *api) serve(h handler, w http.ResponseWriter, r *http.Request) (answer reply, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
 	}()
-	return h(w, r)
+	if a.origins.Check(r) != nil {
+		return reply{}, errCrossOrigin
+	}
+	answer, err = h(w, r)
+	if err == nil && strings.HasPrefix(r.URL.Path, "/goods/") {
+		a.failing.succeeded()
+	}
+	return answer, err
+}
+
+// failed returns the reply to a request that failed with err, which it logs unless it is the client's own.
+func (a *api) failed(w http.ResponseWriter, r *http.Request, id string, err error) (status int, body any) {
+	var f *failure
+	switch {
+	case errors.As(err, &f):
+	case unavailable(err):
+		f = errUnavailable
+	default:
+		f = errInternal
+		a.log.Error("request failed", "id", id, "method", r.Method, "path", r.URL.Path, "err", err)
+	}
+	switch f {
+	case errUnavailable:
+		w.Header().Set("Retry-After", "1")
+		if r.Context().Err() == nil { // else the client has only left
+			a.failing.failed(err)
+		}
+	case errBodyTimeout, errTooLarge:
+		w.Header().Set("Connection", "close") // the rest of the body is not read
+	}
+	return f.Status, f
+}
+
+// write writes a reply whole. Its errors are the client's business.
+func write(w http.ResponseWriter, r reply) {
+	body, ok := r.body.([]byte)
+	if !ok {
+		body = append(encodeJSON(r.body), '\n')
+	}
+	if w.Header().Get("Content-Type") == "" {
+		w.Header().Set("Content-Type", "application/json")
+	}
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	w.WriteHeader(r.status)
+	_, _ = w.Write(body)
 }

@@ -1,148 +1,271 @@
 package main
 
 import (
+	"context"
 	"database/sql"
 	_ "embed"
 	"fmt"
+	"log/slog"
 	"slices"
 
 	"github.com/lib/pq"
 )
 
 const (
-	maxLimit = 1000
-	maxRead  = 1000 // goods, and so memory, of one exchange with the stores
+	maxLimit = 1000 // goods on one page
+	maxGoods = 1000 // of a batch that are read at a time, so that many small pages need little memory
+	// snapshotAttempts is how often a batch starts anew because the service got another server meanwhile.
+	snapshotAttempts = 3
 )
 
-// listRequest asks for limit goods from the position offset on, both from 1.
-type listRequest struct{ limit, offset int32 }
-
-func (q listRequest) apart() any { return nil }
-
-// readPages answers a batch of lists. Equal requests share one reply.
-func (s *service) readPages(requests []listRequest) ([]result[[]byte], error) {
-	results := make([]result[[]byte], len(requests))
-	replies := map[listRequest][]byte{}
-	var pages []listRequest
-	size := int32(0)
-	for i, q := range requests {
-		if _, ok := replies[q]; !ok {
-			replies[q] = nil
-			pages = append(pages, q)
-			size += q.limit
-		}
-		if last := i == len(requests)-1; last || size+requests[i+1].limit > maxRead {
-			if err := s.readTogether(pages, replies); err != nil {
-				return nil, err
-			}
-			pages, size = nil, 0
-		}
-	}
-	for i, q := range requests {
-		results[i].answer = replies[q]
-	}
-	return results, nil
+// listRequest asks for limit goods from the position offset on, which is counted from 1.
+type listRequest struct {
+	projectID     int32 // 0: the list of all goods
+	limit, offset int32
+	maxBytes      int // of the page: a larger one is an errReplyTooLarge
 }
 
-// readTogether puts the replies of pages into replies. Each reply is one moment of the whole list: meta and the
-// versions come from one statement, and a version never changes. A page with a good that is not cached is read again,
-// whole, in one statement of its own.
-func (s *service) readTogether(pages []listRequest, replies map[listRequest][]byte) error {
-	v, err := s.readVersions(pages)
-	if err != nil {
-		return fmt.Errorf("read versions: %w", err)
+func (q listRequest) conflictKey() any { return nil }
+
+// List returns a page as JSON, with the counts of all goods, or of those of one project. It is one moment
+// of the list, after the request. The caller must call release when the page has been sent. Failures:
+// errCampaignNotFound.
+func (s *service) List(ctx context.Context, q listRequest) (page []byte, release func(), err error) {
+	p := s.allGoods
+	if q.projectID != 0 {
+		p = s.projectGoods
 	}
-	v.goods = s.cache.get(v.keys)
-	var rest []listRequest
-	err = v.each(func(q listRequest, goods [][]byte) {
-		if slices.ContainsFunc(goods, func(good []byte) bool { return good == nil }) {
-			rest = append(rest, q)
-		} else {
-			replies[q] = v.pageJSON(q, goods)
+	return s.replies.build(ctx, func(ctx context.Context, maxBytes int, reserved bool) ([]byte, error) {
+		q.maxBytes = maxBytes
+		if reserved {
+			return p.largeBatcher.do(ctx, q)
 		}
+		return p.batcher.do(ctx, q)
 	})
-	if err != nil || len(rest) == 0 {
-		return err
-	}
-	if v, err = s.readWhole(rest); err != nil {
-		return fmt.Errorf("read goods: %w", err)
-	}
-	s.cache.put(v.keys, v.goods)
-	return v.each(func(q listRequest, goods [][]byte) { replies[q] = v.pageJSON(q, goods) })
 }
 
-// view is one moment of the list, at some pages.
-type view struct {
-	pages          []listRequest
-	total, removed int64
-	keys           []key    // of the goods on the pages, one page after the other
-	goods          [][]byte // their JSON, nil where it is missing
+// pages reads one kind of list, with two queries that take the same arguments.
+type pages struct {
+	db           *database
+	cache        *cache
+	versions     string
+	goods        string
+	batcher      *batcher[listRequest, []byte]
+	largeBatcher *batcher[listRequest, []byte] // for pages whose memory is reserved
 }
 
-// each calls f with every page and its goods. Positions have no gap, so the total tells where a page ends.
-func (v *view) each(f func(q listRequest, goods [][]byte)) error {
-	rest := v.goods
-	for _, q := range v.pages {
-		n := min(max(v.total-int64(q.offset)+1, 0), int64(q.limit))
-		if n > int64(len(rest)) {
-			return fmt.Errorf("meta counts %d goods, but not all of them have a position", v.total)
+//go:embed sql/queries/list_versions.sql
+var listVersions string
+
+//go:embed sql/queries/list_goods.sql
+var listGoods string
+
+//go:embed sql/queries/project_versions.sql
+var projectVersions string
+
+//go:embed sql/queries/project_goods.sql
+var projectGoods string
+
+func newPages(name, versions, goods string, db *database, cache *cache, metrics *metrics, log *slog.Logger) *pages {
+	p := &pages{db: db, cache: cache, versions: versions, goods: goods}
+	p.batcher = newBatcher(name, batchLimit, p.read, metrics, log)
+	p.largeBatcher = newBatcher("large "+name, batchLimit, p.read, metrics, log)
+	return p
+}
+
+// read answers a batch of lists. Equal requests share one page.
+func (p *pages) read(requests []listRequest, results []result[[]byte], _ bool) error {
+	answers := map[listRequest]*result[[]byte]{}
+	var distinct []listRequest
+	for _, q := range requests {
+		if answers[q] == nil {
+			answers[q] = &result[[]byte]{}
+			distinct = append(distinct, q)
 		}
-		f(q, rest[:n])
-		rest = rest[n:]
+	}
+	for len(distinct) > 0 {
+		n := countWithin(distinct, maxGoods)
+		if err := p.readTogether(distinct[:n], answers); err != nil {
+			return err
+		}
+		distinct = distinct[n:]
+	}
+	for i, q := range requests {
+		results[i] = *answers[q]
 	}
 	return nil
 }
 
-// ranges are the first and the last position of each page, as the queries take them.
-func ranges(pages []listRequest) []any {
-	var first, last pq.Int64Array
-	for _, q := range pages {
-		first, last = append(first, int64(q.offset)), append(last, int64(q.offset)+int64(q.limit)-1)
+// countWithin returns how many of the first requests ask for at most so many goods together, and 1 at least.
+func countWithin(requests []listRequest, goods int32) int {
+	sum := int32(0)
+	for i, q := range requests {
+		sum += q.limit
+		if i > 0 && sum > goods {
+			return i
+		}
 	}
-	return []any{first, last}
+	return len(requests)
 }
 
-//go:embed sql/queries/versions.sql
-var readVersions string
-
-// readVersions reads what stands at the positions of pages.
-func (s *service) readVersions(pages []listRequest) (*view, error) {
-	v := &view{pages: pages}
-	return v, s.db.query(nil, readVersions, ranges(pages), func(rows *sql.Rows) error {
-		return rows.Scan(&v.total, &v.removed, (*pq.Int64Array)(&v.keys))
-	})
+// snapshot is one page at one moment.
+type snapshot struct {
+	exists         bool // the project does
+	total, removed int64
+	bytes          int64 // of the goods as JSON, at least; strings with escapes have more
+	keys           []key
+	goods          [][]byte // JSON, one for each key; nil where it is not known
 }
 
-//go:embed sql/queries/page.sql
-var readGoods string
+// readTogether puts the answers to requests, which are all different, into answers. Each page is one
+// moment: the counts and the versions come from one statement, and the content of a version never changes.
+// Where a good is not cached, the page is read again, whole, in one statement of its own.
+func (p *pages) readTogether(requests []listRequest, answers map[listRequest]*result[[]byte]) error {
+	for range snapshotAttempts {
+		// Keys name versions in one database. Its id is read before and after them: if it is the same, it
+		// is theirs.
+		serverID := p.db.id()
+		snapshots, err := p.readVersions(requests)
+		if err != nil {
+			return fmt.Errorf("read versions: %w", err)
+		}
+		if p.db.id() != serverID {
+			continue
+		}
+		missing := p.answerCached(serverID, requests, snapshots, answers)
+		if len(missing) == 0 {
+			return nil
+		}
+		if err := p.readGoods(missing, answers); err != nil {
+			return fmt.Errorf("read goods: %w", err)
+		}
+		return nil
+	}
+	return errServerChanged
+}
 
-// readWhole reads the goods of pages that are not empty.
-func (s *service) readWhole(pages []listRequest) (*view, error) {
-	v := &view{pages: pages}
-	return v, s.db.query(nil, readGoods, ranges(pages), func(rows *sql.Rows) error {
-		var g good
-		if err := rows.Scan(append([]any{&v.total, &v.removed}, g.fields()...)...); err != nil {
+// arguments are those of both queries: the project, and the first and the last position, of each page.
+func arguments(requests []listRequest) []any {
+	var projects pq.Int32Array
+	var first, last pq.Int64Array
+	for _, q := range requests {
+		projects = append(projects, q.projectID)
+		first = append(first, int64(q.offset))
+		last = append(last, int64(q.offset)+int64(q.limit)-1)
+	}
+	return []any{projects, first, last}
+}
+
+// readVersions reads which versions are on the pages.
+func (p *pages) readVersions(requests []listRequest) ([]snapshot, error) {
+	snapshots := make([]snapshot, len(requests))
+	err := p.db.query(p.versions, arguments(requests), func(rows *sql.Rows) error {
+		var n int
+		s := snapshot{exists: true}
+		if err := rows.Scan(&n, &s.total, &s.removed, &s.bytes, (*pq.Int64Array)(&s.keys)); err != nil {
 			return err
 		}
-		text, err := encodeJSON(&g)
-		v.keys, v.goods = append(v.keys, newKey(g.ID, g.version)), append(v.goods, text)
-		return err
+		snapshots[n-1] = s
+		return nil
 	})
+	return snapshots, err
 }
 
-// pageJSON puts a reply together.
-func (v *view) pageJSON(q listRequest, page [][]byte) []byte {
-	size := 128 // for meta
-	for _, good := range page {
+// answerCached answers the requests that need no other goods than the cache has, and returns the rest.
+func (p *pages) answerCached(serverID string, requests []listRequest, snapshots []snapshot,
+	answers map[listRequest]*result[[]byte]) (missing []listRequest) {
+	var keys []key
+	for i := range snapshots {
+		s := &snapshots[i]
+		if s.bytes > int64(requests[i].maxBytes) {
+			s.keys = nil
+		}
+		keys = append(keys, s.keys...)
+	}
+	goods := p.cache.get(serverID, keys)
+	for i, q := range requests {
+		s := &snapshots[i]
+		s.goods = goods[:len(s.keys)]
+		goods = goods[len(s.keys):]
+		switch {
+		case !s.exists:
+			answers[q].err = errCampaignNotFound
+		case s.bytes > int64(q.maxBytes):
+			answers[q].err = errReplyTooLarge(s.bytes)
+		case slices.ContainsFunc(s.goods, func(good []byte) bool { return good == nil }):
+			missing = append(missing, q)
+		default:
+			answers[q].answer, answers[q].err = q.page(s)
+		}
+	}
+	return missing
+}
+
+// readGoods reads pages whole, in one statement, answers them, and lets the cache have the goods. Goods are
+// never deleted: a page that had some a moment ago has some now.
+func (p *pages) readGoods(requests []listRequest, answers map[listRequest]*result[[]byte]) error {
+	serverID := p.db.id()
+	snapshots := make([]snapshot, len(requests))
+	err := p.db.query(p.goods, arguments(requests), func(rows *sql.Rows) error {
+		var n int
+		var total, removed int64
+		var g good
+		if err := rows.Scan(append([]any{&n, &total, &removed}, g.fields()...)...); err != nil {
+			return err
+		}
+		s := &snapshots[n-1]
+		s.total = total
+		s.removed = removed
+		s.keys = append(s.keys, g.key())
+		json := encodeJSON(&g)
+		s.bytes += int64(len(json)) + 1
+		if s.bytes <= int64(requests[n-1].maxBytes) { // else it is too large, and only its size is of interest
+			s.goods = append(s.goods, json)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	known := p.db.id() == serverID // whose versions these are
+	for i, q := range requests {
+		s := &snapshots[i]
+		if len(s.goods) < len(s.keys) {
+			answers[q].err = errReplyTooLarge(s.bytes)
+			continue
+		}
+		if known {
+			p.cache.put(serverID, s.keys, s.goods)
+		}
+		answers[q].answer, answers[q].err = q.page(s)
+	}
+	return nil
+}
+
+// page returns the reply to q.
+func (q listRequest) page(s *snapshot) ([]byte, error) {
+	// Positions have no gap, so the counts tell how many goods a page must have.
+	want := min(max(s.total-int64(q.offset)+1, 0), int64(q.limit))
+	if int64(len(s.goods)) != want {
+		return nil, fmt.Errorf("the page from %d has %d goods, but should have %d of %d",
+			q.offset, len(s.goods), want, s.total)
+	}
+	const metaSize = 128 // at most
+	size := metaSize
+	for _, good := range s.goods {
 		size += len(good) + 1
 	}
-	b := make([]byte, 0, size)
-	b = fmt.Appendf(b, `{"meta":{"total":%d,"removed":%d,"limit":%d,"offset":%d},"goods":[`, v.total, v.removed, q.limit, q.offset)
-	for i, good := range page {
-		if i > 0 {
-			b = append(b, ',')
-		}
-		b = append(b, good...)
+	if size > q.maxBytes+metaSize {
+		return nil, errReplyTooLarge(size)
 	}
-	return append(b, "]}\n"...)
+	page := make([]byte, 0, size)
+	page = fmt.Appendf(page, `{"meta":{"total":%d,"removed":%d,"limit":%d,"offset":%d},"goods":[`,
+		s.total, s.removed, q.limit, q.offset)
+	for i, good := range s.goods {
+		if i > 0 {
+			page = append(page, ',')
+		}
+		page = append(page, good...)
+	}
+	return append(page, "]}\n"...), nil
 }

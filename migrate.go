@@ -5,72 +5,52 @@ import (
 	"crypto/sha256"
 	"database/sql"
 	"embed"
+	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
 	"path"
-	"slices"
-	"strings"
 
 	"github.com/ClickHouse/clickhouse-go/v2"
 )
 
-// Migrations are files NNNN_name.sql, applied in the order of their names. Those of Postgres have any number of
-// statements and are applied once: one that has been released is never changed or deleted, the next one corrects it.
-// ClickHouse has no transactions: its files have one statement each, which can be run again, and is at every start.
+// Migrations are files NNNN_name.sql, applied in the order of their names. Those of Postgres have any
+// number of statements and are applied once: one that has been released is never changed or deleted, the
+// next one corrects it. ClickHouse has no transactions: its files have one statement each, which can be run
+// again, and is at every start.
 //
 //go:embed sql
 var migrations embed.FS
 
-// migratePostgres applies the files of sql/postgres that are not yet recorded, all in one transaction. Any number of
-// processes may do so at once.
+// migratePostgres applies the files of sql/postgres that are not yet recorded, all in one transaction. Any
+// number of processes may do so at once. A database that a newer release has migrated is left as it is: its
+// migrations do not break the release before.
 func migratePostgres(db *database, files fs.FS, log *slog.Logger) error {
-	names, _ := fs.Glob(files, "sql/postgres/*.sql")
-	err := db.inTx(func(tx *sql.Tx) error {
+	err := db.inTx(func(tx transaction) error {
 		// Bound to the transaction: a session's lock would stay with its connection.
-		const prepare = `
-SELECT pg_advisory_xact_lock(hashtext('goods.migrations'));
-CREATE TABLE IF NOT EXISTS schema_migrations (
-    name       text        NOT NULL CONSTRAINT schema_migrations_pkey PRIMARY KEY,
-    checksum   text        NOT NULL,
-    applied_at timestamptz NOT NULL DEFAULT now()
-)`
-		if _, err := tx.Exec(prepare); err != nil {
+		if _, err := tx.tx.Exec(`SELECT pg_advisory_xact_lock(hashtext('goods.migrations'))`); err != nil {
 			return err
 		}
-		var list string
-		if err := tx.QueryRow(`SELECT coalesce(string_agg(name || ' ' || checksum, ' '), '') FROM schema_migrations`).Scan(&list); err != nil {
+		recorded, err := recordedMigrations(tx.tx)
+		if err != nil {
 			return err
 		}
-		recorded := map[string]string{} // name -> checksum
-		for pair := range slices.Chunk(strings.Fields(list), 2) {
-			recorded[pair[0]] = pair[1]
+		names, err := fs.Glob(files, "sql/postgres/*.sql")
+		if err != nil {
+			return err
 		}
 		for _, file := range names {
-			name := path.Base(file)
-			text, err := fs.ReadFile(files, file)
+			applied, err := applyMigration(tx.tx, files, file, recorded)
 			if err != nil {
 				return err
 			}
-			checksum := fmt.Sprintf("%x", sha256.Sum256(text))
-			was := recorded[name]
-			delete(recorded, name)
-			if was == checksum {
-				continue
+			if applied {
+				log.Info("migrated", "database", "postgres", "file", path.Base(file))
 			}
-			if was != "" {
-				return fmt.Errorf("%s was changed after it had been applied: restore it, and put the change into a new file", name)
-			}
-			if _, err := tx.Exec(string(text)); err != nil {
-				return fmt.Errorf("%s: %w", name, err)
-			}
-			if _, err := tx.Exec(`INSERT INTO schema_migrations (name, checksum) VALUES ($1, $2)`, name, checksum); err != nil {
-				return err
-			}
-			log.Info("migrating", "database", "postgres", "file", name)
+			delete(recorded, path.Base(file))
 		}
 		for name := range recorded {
-			return fmt.Errorf("%s was applied to this database but is not part of this program: is the program older than the database?", name)
+			log.Warn("the database was migrated by a newer release", "file", name)
 		}
 		return nil
 	})
@@ -80,16 +60,96 @@ CREATE TABLE IF NOT EXISTS schema_migrations (
 	return nil
 }
 
-// migrateClickHouse runs the files of sql/clickhouse.
-func migrateClickHouse(ctx context.Context, conn clickhouse.Conn) error {
-	names, _ := fs.Glob(migrations, "sql/clickhouse/*.sql")
+// recordedMigrations returns the checksums of the files that were applied, by name. It creates their table
+// only if that is missing: even IF NOT EXISTS needs the right to create it.
+func recordedMigrations(tx *sql.Tx) (map[string]string, error) {
+	var exists bool
+	err := tx.QueryRow(`SELECT to_regclass('schema_migrations') IS NOT NULL`).Scan(&exists)
+	if err != nil {
+		return nil, err
+	}
+	if !exists {
+		_, err := tx.Exec(`
+CREATE TABLE schema_migrations (
+    name       text        NOT NULL CONSTRAINT schema_migrations_pkey PRIMARY KEY,
+    checksum   text        NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT now()
+)`)
+		return map[string]string{}, err
+	}
+	rows, err := tx.Query(`SELECT name, checksum FROM schema_migrations`)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	recorded := map[string]string{}
+	for rows.Next() {
+		var name, checksum string
+		if err := rows.Scan(&name, &checksum); err != nil {
+			return nil, err
+		}
+		recorded[name] = checksum
+	}
+	return recorded, rows.Err()
+}
+
+// applyMigration applies a file, and records it, unless it is recorded already.
+func applyMigration(tx *sql.Tx, files fs.FS, file string, recorded map[string]string) (applied bool, err error) {
+	name := path.Base(file)
+	text, err := fs.ReadFile(files, file)
+	if err != nil {
+		return false, err
+	}
+	checksum := fmt.Sprintf("%x", sha256.Sum256(text))
+	switch recorded[name] {
+	case checksum:
+		return false, nil
+	case "":
+	default:
+		return false, fmt.Errorf("%s was changed after it had been applied: "+
+			"restore it, and put the change into a new file", name)
+	}
+	if _, err := tx.Exec(string(text)); err != nil {
+		return false, fmt.Errorf("%s: %w", name, err)
+	}
+	_, err = tx.Exec(`INSERT INTO schema_migrations (name, checksum) VALUES ($1, $2)`, name, checksum)
+	return true, err
+}
+
+// migrate runs the files of sql/clickhouse. A user that may not create tables needs none created: if the
+// table is there, a refusal does not count.
+func (l *eventLog) migrate() error {
+	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
+	defer cancel()
+	err := l.runMigrations(ctx)
+	var refusal *clickhouse.Exception
+	if errors.As(err, &refusal) && l.ping(ctx) == nil {
+		err = nil
+	}
+	if err != nil {
+		return fmt.Errorf("migrate clickhouse: %w", err)
+	}
+	server, err := l.writer.ServerVersion()
+	if err != nil {
+		return fmt.Errorf("migrate clickhouse: %w", err)
+	}
+	const firstWithAsyncInserts = 22
+	l.syncInserts.Store(server.Version.Major >= firstWithAsyncInserts)
+	return nil
+}
+
+func (l *eventLog) runMigrations(ctx context.Context) error {
+	names, err := fs.Glob(migrations, "sql/clickhouse/*.sql")
+	if err != nil {
+		return err
+	}
 	for _, file := range names {
 		text, err := fs.ReadFile(migrations, file)
-		if err == nil {
-			err = conn.Exec(ctx, string(text))
-		}
 		if err != nil {
-			return fmt.Errorf("migrate clickhouse: %s: %w", path.Base(file), err)
+			return err
+		}
+		if err := l.writer.Exec(ctx, string(text)); err != nil {
+			return fmt.Errorf("%s: %w", path.Base(file), err)
 		}
 	}
 	return nil

@@ -33,10 +33,13 @@ func TestMigrateRefusals(t *testing.T) {
 	if err := migratePostgres(db, applied, log); err != nil {
 		t.Fatal(err)
 	}
+	// What a newer release has applied is left alone.
+	if err := migratePostgres(db, fstest.MapFS{one: applied[one]}, log); err != nil {
+		t.Fatal(err)
+	}
 	bad := file("CREATE TABLE three (); CREATE;")
 	for want, files := range map[string]fstest.MapFS{
 		"0001_one.sql was changed after it had been applied":   {one: file("CREATE TABLE other ()"), two: applied[two]},
-		"0002_two.sql was applied to this database but is not": {one: applied[one]},
 		"0003_bad.sql: pq: syntax error":                       {one: applied[one], two: applied[two], "sql/postgres/0003_bad.sql": bad},
 	} {
 		if err := migratePostgres(db, files, log); err == nil || !strings.Contains(err.Error(), want) {

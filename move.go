@@ -1,79 +1,117 @@
 package main
 
 import (
+	"context"
 	"database/sql"
 	_ "embed"
-	"errors"
 	"fmt"
+
+	"github.com/lib/pq"
 )
 
-// maxMove limits the goods that one move renumbers, so that it ends within a request's time, and those who create
-// meanwhile get theirs.
-const maxMove = 20_000
+const (
+	// maxSpan limits how far one move goes, which is how many goods it renumbers besides the moved one: as
+	// many as a slow machine renumbers within a request's time, while those who create wait for the same
+	// lock.
+	maxSpan = 20_000
+	// maxBatchSpan limits the goods that a batch renumbers before the rest of its moves waits for the next.
+	maxBatchSpan = 2_000
+)
 
-// place is where a good stands.
-type place struct {
+// position says where a good is in the list.
+type position struct {
 	ID       int32 `json:"id"`
 	Priority int32 `json:"priority"`
 }
 
-// moveRequest puts a good in the place to, or the last one. The answer is every good that has a new place, in the new
-// order; or the good alone if none has.
+// moveRequest moves a good to another position. Its JSON is what move_goods takes.
 type moveRequest struct {
-	id, projectID, to int32
+	ID        int32  `json:"id"`
+	ProjectID int32  `json:"project_id"`
+	Priority  int32  `json:"priority"` // past the end means the end
+	Version   *int32 `json:"version"`  // that the good must have, unless nil
 }
 
-func (q moveRequest) apart() any { return nil }
+func (q moveRequest) conflictKey() any { return nil }
 
-//go:embed sql/queries/place.sql
-var findPlace string
+// Move moves a good. It returns every good whose priority changed, in the new order, or the good alone if
+// none did. Failures: errGoodNotFound, errGoodChanged, and invalid for a move that is too long.
+func (s *service) Move(ctx context.Context, q moveRequest) ([]position, error) {
+	return s.moves.do(ctx, q)
+}
 
-//go:embed sql/queries/rotate.sql
-var rotateGoods string
+const moveGoods = `
+SELECT n, outcome, first_position, keys
+FROM move_goods($1, $2, $3)`
 
-func (s *service) moveGood(requests []moveRequest) ([]result[[]place], error) {
-	q := requests[0]
-	var places []place
+//go:embed sql/queries/lock_range.sql
+var lockRange string
+
+// moveGoods leaves out a move over goods that another transaction has locked, so that it does not hold up
+// the others, who have the lock of the priorities to wait for. A request that is retried alone waits for
+// the locks of the goods first, without that of the priorities.
+func (s *service) moveGoods(requests []moveRequest, results []result[[]position], alone bool) error {
 	var replaced []key
-	err := s.db.inTx(func(tx *sql.Tx) error {
-		var from, last int32
-		err := s.db.query(tx, findPlace, []any{q.id, q.projectID}, func(rows *sql.Rows) error { return rows.Scan(&from, &last) })
-		if err == nil && from == 0 {
-			return errGoodNotFound
+	err := s.db.inTx(func(tx transaction) error {
+		if alone {
+			q := requests[0]
+			args := []any{q.ID, q.ProjectID, q.Priority, maxSpan}
+			if err := tx.query(lockRange, args, ignoreRow); err != nil {
+				return err
+			}
 		}
-		if err != nil {
-			return err
-		}
-		to := min(q.to, last)
-		low, high, step := from, to, -1
-		switch {
-		case to == from:
-			places = []place{{q.id, to}}
+		args := []any{string(encodeJSON(requests)), maxSpan, maxBatchSpan}
+		return tx.query(moveGoods, args, func(rows *sql.Rows) error {
+			var n int
+			var outcome string
+			var first sql.Null[int32]
+			var keys pq.Int64Array
+			if err := rows.Scan(&n, &outcome, &first, &keys); err != nil {
+				return err
+			}
+			r := &results[n-1]
+			switch outcome {
+			case "moved":
+				r.answer = positions(first.V, keys)
+				if len(keys) > 1 { // else the version is what it was
+					for _, k := range keys {
+						replaced = append(replaced, k-1) // the version before
+					}
+				}
+			case "missing":
+				r.err = errGoodNotFound
+			case "changed":
+				r.err = errGoodChanged
+			case "too long":
+				r.err = tooLong(first.V)
+			case "postponed":
+				r.err = errNextBatch
+			default:
+				r.err = lockedOrRetry(alone)
+			}
 			return nil
-		case to < from:
-			low, high, step = to, from, 1
-		}
-		if high-low > maxMove {
-			return invalid(map[string]string{"newPriority": fmt.Sprintf(
-				"is %d places away from %d: a move spans at most %d, go there in steps", high-low, from, maxMove)})
-		}
-		places = make([]place, high-low+1)
-		return s.db.query(tx, rotateGoods, []any{low, high, q.id, to, step}, func(rows *sql.Rows) error {
-			var p place
-			var version int32
-			err := rows.Scan(&p.ID, &p.Priority, &version)
-			places[p.Priority-low], replaced = p, append(replaced, newKey(p.ID, version-1))
-			return err
 		})
 	})
-	s.wake()
-	var f *failure
-	if errors.As(err, &f) {
-		return []result[[]place]{{err: f}}, nil // to try again would change nothing
-	}
 	if err != nil {
-		return nil, fmt.Errorf("move good: %w", err)
+		return fmt.Errorf("move goods: %w", err)
 	}
-	s.cache.drop(replaced)
-	return []result[[]place]{{answer: places}}, nil
+	s.wakeRelay()
+	s.cache.drop(s.db.id(), replaced)
+	return nil
+}
+
+// positions returns the goods of keys, of which the first is at the position first.
+func positions(first int32, keys []key) []position {
+	list := make([]position, len(keys))
+	for i, k := range keys {
+		list[i] = position{ID: int32(k >> 32), Priority: first + int32(i)}
+	}
+	return list
+}
+
+// tooLong returns the failure of a move from a position to one that is too far away.
+func tooLong(from int32) *failure {
+	return invalid(map[string]string{"newPriority": fmt.Sprintf(
+		"is too far away: the good is at %d, and one move goes %d positions at most, from there to between %d and %d",
+		from, maxSpan, max(1, from-maxSpan), int64(from)+maxSpan)})
 }

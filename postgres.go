@@ -1,69 +1,171 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"crypto/tls"
 	"database/sql"
 	"database/sql/driver"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
-	"maps"
 	"net"
 	"strconv"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/lib/pq"
 	"github.com/lib/pq/pqerror"
 )
 
-// database is a pool that prepares each query once, so that running it is one round trip. Queries take no context:
-// lib/pq ends one by dialing a second connection, which a frozen server holds, too.
+const (
+	// A second host of the URL has to get its turn within a request's time.
+	defaultConnectTimeout = 1500 * time.Millisecond
+	// Commits that may wait for a lost synchronous standby: see inTx.
+	maxHangingCommits = 8
+)
+
+// database is a pool that prepares each query once per connection, so that running it is one round trip.
+// Queries take no context: to end one, lib/pq would dial a second connection, which a frozen server holds
+// up as well. Each exchange has a limit instead: the server's own, and a little later the connection's. All
+// methods may be called concurrently.
 type database struct {
 	*sql.DB
 	prepared sync.Map // query -> *sql.Stmt
+
+	// serverID identifies what the newest connection leads to: this run of this server, and this database.
+	// A version of a good is the same content for ever only within one: after a failover that lost commits,
+	// or a restore, a version number comes again with other content.
+	serverID atomic.Value // string
+	// commitsHang says that the last COMMIT got no answer.
+	commitsHang atomic.Bool
 }
 
-// openPostgres returns a pool of at most conns connections, on which a statement, or the wait for the server, ends
-// after limit, and the wait for a lock earlier. The settings apply to its sessions. It does not connect.
+// id returns the serverID, "" before the first connection.
+func (db *database) id() string { return db.serverID.Load().(string) }
+
+// openPostgres returns a pool of at most conns connections, on which a statement ends after limit, and the
+// wait for a lock earlier. settings apply to its sessions. It does not connect.
 func openPostgres(url string, conns int, limit time.Duration, settings map[string]string) (*database, error) {
 	cfg, err := pq.NewConfig(url)
 	if err != nil {
 		return nil, err
 	}
-	if cfg.ConnectTimeout == 0 {
-		cfg.ConnectTimeout = 1500 * time.Millisecond // so that a second host gets its turn within a request's time
-	}
-	timeout := strconv.FormatInt(limit.Milliseconds(), 10)
-	// Every query of the service finds its rows by an index. One plan each is enough, and one that was made while the
-	// tables were small must not scan them when they have grown.
-	runtime := map[string]string{"TimeZone": "UTC", "default_transaction_isolation": "read committed",
-		"enable_seqscan": "off", "jit": "off", "plan_cache_mode": "force_generic_plan", "statement_timeout": timeout,
-		"idle_in_transaction_session_timeout": timeout, "lock_timeout": strconv.FormatInt(limit.Milliseconds()*3/4, 10)}
-	maps.Copy(runtime, cfg.Runtime)
-	maps.Copy(runtime, settings)
-	cfg.Runtime = runtime
-	connector, err := pq.NewConnectorConfig(cfg)
+	cfg.ConnectTimeout = cmp.Or(cfg.ConnectTimeout, defaultConnectTimeout)
+	// A standby would serve stale lists.
+	cfg.TargetSessionAttrs = cmp.Or(cfg.TargetSessionAttrs, pq.TargetSessionAttrsReadWrite)
+	inner, err := pq.NewConnectorConfig(cfg)
 	if err != nil {
 		return nil, err
 	}
-	connector.Dialer(limitedDialer{limit: limit + limit/8}) // the server's own limit comes first
-	db := sql.OpenDB(connector)
+	inner.Dialer(limitedDialer{limit: limit + limit/8}) // the server's own limit comes first
+
+	db := &database{}
+	db.serverID.Store("")
+	db.DB = sql.OpenDB(&connector{
+		Connector: inner,
+		setUp:     setUpSession(limit, settings, cfg.Runtime),
+		serverID:  &db.serverID,
+	})
 	db.SetMaxOpenConns(conns)
 	db.SetMaxIdleConns(conns) // the default of 2 would reconnect all the time
 	db.SetConnMaxIdleTime(5 * time.Minute)
-	return &database{DB: db}, nil
+	return db, nil
+}
+
+// setUpSession returns the statement that makes the settings of a session, unless the URL has them, and
+// identifies the server and the database.
+func setUpSession(limit time.Duration, settings, given map[string]string) string {
+	statementTimeout := strconv.FormatInt(limit.Milliseconds(), 10)
+	lockTimeout := strconv.FormatInt(limit.Milliseconds()*3/4, 10)
+	all := map[string]string{
+		"TimeZone":                      "UTC",
+		"default_transaction_isolation": "read committed",
+		// Every query of the service finds its rows by an index. One plan each is enough, and one that was
+		// made while the tables were small must not scan them when they have grown.
+		"enable_seqscan":                      "off",
+		"jit":                                 "off",
+		"plan_cache_mode":                     "force_generic_plan",
+		"statement_timeout":                   statementTimeout,
+		"idle_in_transaction_session_timeout": statementTimeout,
+		"lock_timeout":                        lockTimeout,
+	}
+	for name, value := range settings {
+		all[name] = value
+	}
+	var b strings.Builder
+	b.WriteString("SELECT concat_ws('-', extract(epoch FROM pg_postmaster_start_time()), " +
+		"(SELECT oid FROM pg_database WHERE datname = current_database()), to_regclass('goods')::oid)")
+	for name, value := range all {
+		if _, ok := given[name]; !ok {
+			fmt.Fprintf(&b, ", set_config(%s, %s, false)", pq.QuoteLiteral(name), pq.QuoteLiteral(value))
+		}
+	}
+	return b.String()
+}
+
+// connector makes connections and sets up their sessions. It does so by a statement, not by start-up
+// parameters: PgBouncer refuses those that it does not know.
+type connector struct {
+	driver.Connector
+	setUp    string
+	serverID *atomic.Value
+}
+
+func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
+	conn, err := c.Connector.Connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	id, err := firstValue(conn, c.setUp)
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	c.serverID.Store(id)
+	return conn, nil
+}
+
+// firstValue returns the first column of the only row of a query, as text.
+func firstValue(conn driver.Conn, query string) (string, error) {
+	rows, err := conn.(driver.QueryerContext).QueryContext(context.Background(), query, nil)
+	if err != nil {
+		return "", err
+	}
+	defer rows.Close()
+	values := make([]driver.Value, len(rows.Columns()))
+	if err := rows.Next(values); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%s", values[0]), nil
 }
 
 // limitedDialer makes connections on which an exchange fails after limit.
 type limitedDialer struct {
-	pq.Dialer // is never called: lib/pq prefers DialContext
-	limit     time.Duration
+	limit time.Duration
 }
 
 func (d limitedDialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	c, err := new(net.Dialer).DialContext(ctx, network, address)
-	return &limitedConn{Conn: c, limit: d.limit}, err
+	var dialer net.Dialer
+	conn, err := dialer.DialContext(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	return &limitedConn{Conn: conn, limit: d.limit}, nil
+}
+
+// Dial and DialTimeout are only here for the type pq.Dialer: lib/pq prefers DialContext.
+func (d limitedDialer) Dial(network, address string) (net.Conn, error) {
+	return d.DialContext(context.Background(), network, address)
+}
+
+func (d limitedDialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	return d.DialContext(ctx, network, address)
 }
 
 type limitedConn struct {
@@ -89,45 +191,100 @@ func (c *limitedConn) Write(b []byte) (int, error) {
 	return c.Conn.Write(b)
 }
 
-// errOutcomeUnknown marks an error after which a write may or may not stand: the service never repeats it.
-var errOutcomeUnknown = errors.New("outcome unknown")
+// transaction runs queries in a transaction of db.
+type transaction struct {
+	db *database
+	tx *sql.Tx
+}
 
-// inTx runs f in one transaction. When the connection breaks during COMMIT the error is errOutcomeUnknown; after any
-// other error nothing was written. Outside a transaction, database/sql would repeat a write by itself.
-func (db *database) inTx(f func(tx *sql.Tx) error) error {
+// inTx runs f in one transaction. When the connection breaks during COMMIT, the error is errOutcomeUnknown;
+// after any other error nothing was written. All writes of requests are made here: outside a transaction,
+// database/sql would repeat one by itself when the connection breaks.
+//
+// A COMMIT waits for ever for a synchronous standby that is lost, also when its client has gone, and to
+// cancel it would show other clients what no standby has. So after one that got no answer, the next
+// transactions first look how many of them wait, and do not begin when they are too many: else they would
+// take all connections of the server.
+func (db *database) inTx(f func(tx transaction) error) error {
 	tx, err := db.Begin()
 	if err != nil {
-		return gone(err)
+		return markConnectionError(err)
 	}
 	defer tx.Rollback() // does nothing after a commit
-	if err := f(tx); err != nil {
+	if db.commitsHang.Load() {
+		var waiting int
+		const query = `SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'`
+		if err := tx.QueryRow(query).Scan(&waiting); err != nil {
+			return markConnectionError(err)
+		}
+		if waiting >= maxHangingCommits {
+			return fmt.Errorf("%d commits wait for a synchronous standby: %w", waiting, driver.ErrBadConn)
+		}
+	}
+	if err := f(transaction{db, tx}); err != nil {
 		return err
 	}
-	if err = tx.Commit(); err != nil && pq.As(err) == nil { // the server has not refused it
-		err = fmt.Errorf("commit: %w: %w", errOutcomeUnknown, gone(err))
+	err = tx.Commit()
+	if err != nil && pq.As(err) == nil { // it is not the server that has refused it
+		db.commitsHang.Store(true)
+		return fmt.Errorf("commit: %w: %w", errOutcomeUnknown, markConnectionError(err))
 	}
+	db.commitsHang.Store(false)
 	return err
 }
 
-// query runs one of this program's constant queries, in tx if that is not nil, and calls scan for each row.
-func (db *database) query(tx *sql.Tx, query string, args []any, scan func(rows *sql.Rows) error) error {
-	prepared, ok := db.prepared.Load(query)
-	if !ok {
-		own, err := db.Prepare(query)
-		if err != nil {
-			return gone(err)
-		}
-		if prepared, ok = db.prepared.LoadOrStore(query, own); ok {
-			own.Close() // another goroutine was faster
-		}
+// query runs one of this program's constant queries, and calls scan for each row.
+func (t transaction) query(query string, args []any, scan func(rows *sql.Rows) error) error {
+	stmt, err := t.db.statement(query)
+	if err != nil {
+		return err
 	}
-	stmt := prepared.(*sql.Stmt)
-	if tx != nil {
-		stmt = tx.Stmt(stmt)
+	return scanAll(t.tx.Stmt(stmt), args, scan)
+}
+
+// query is the same for a query of its own. When its connection breaks, it may run twice.
+func (db *database) query(query string, args []any, scan func(rows *sql.Rows) error) error {
+	stmt, err := db.statement(query)
+	if err != nil {
+		return err
 	}
+	return scanAll(stmt, args, scan)
+}
+
+// exec runs one of this program's constant statements by itself, and returns how many rows it changed. When
+// its connection breaks, it may run twice.
+func (db *database) exec(statement string, args ...any) (int64, error) {
+	stmt, err := db.statement(statement)
+	if err != nil {
+		return 0, err
+	}
+	done, err := stmt.Exec(args...)
+	if err != nil {
+		return 0, markConnectionError(err)
+	}
+	return done.RowsAffected()
+}
+
+// statement returns the prepared query.
+func (db *database) statement(query string) (*sql.Stmt, error) {
+	if known, ok := db.prepared.Load(query); ok {
+		return known.(*sql.Stmt), nil
+	}
+	stmt, err := db.Prepare(query)
+	if err != nil {
+		return nil, markConnectionError(err)
+	}
+	known, loaded := db.prepared.LoadOrStore(query, stmt)
+	if loaded { // another goroutine was faster
+		stmt.Close()
+	}
+	return known.(*sql.Stmt), nil
+}
+
+func scanAll(stmt *sql.Stmt, args []any, scan func(rows *sql.Rows) error) error {
 	rows, err := stmt.Query(args...)
 	if err != nil {
-		return gone(err)
+		return markConnectionError(err)
 	}
 	defer rows.Close()
 	for rows.Next() {
@@ -135,44 +292,69 @@ func (db *database) query(tx *sql.Tx, query string, args []any, scan func(rows *
 			return err
 		}
 	}
-	return gone(rows.Err())
+	return markConnectionError(rows.Err())
 }
 
-// gone marks an error that is not the server's own answer: lib/pq hides what some of them are.
-func gone(err error) error {
-	if err != nil && pq.As(err) == nil {
-		err = fmt.Errorf("%w: %w", driver.ErrBadConn, err)
+// markConnectionError marks an error that is not the server's own answer as driver.ErrBadConn: lib/pq hides
+// what some of them are.
+func markConnectionError(err error) error {
+	if err == nil || pq.As(err) != nil {
+		return err
 	}
-	return err
+	return fmt.Errorf("%w: %w", driver.ErrBadConn, err)
 }
 
-// unavailable tells "Postgres cannot serve this now" from every other error.
-func unavailable(err error) bool {
-	if e := pq.As(err); e != nil {
-		switch e.Code.Class() {
-		case pqerror.ClassConnectionException, pqerror.ClassInsufficientResources, pqerror.ClassOperatorIntervention,
-			pqerror.ClassTransactionRollback:
-			return true
-		}
-		return e.Code == pqerror.LockNotAvailable || e.Code == pqerror.ReadOnlySQLTransaction
-	}
-	return errors.Is(err, driver.ErrBadConn) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
-}
-
-// awaitPostgres waits until the server answers, for about patience. A server that answers with a refusal (wrong
-// password, no such database) is an error at once.
-func awaitPostgres(ctx context.Context, db *database, patience time.Duration, log *slog.Logger) error {
-	for n, start := 0, time.Now(); ; n++ {
-		_, err := db.Exec(`SELECT 1`)
-		if e := pq.As(err); err == nil || e != nil && (e.Code.Class() == pqerror.ClassInvalidAuthorizationSpecification || e.Code == pqerror.InvalidCatalogName) {
+// awaitPostgres waits until the server answers, or ctx ends, for about limit. What waiting cannot cure is
+// an error at once.
+func awaitPostgres(ctx context.Context, db *database, limit time.Duration, log *slog.Logger) error {
+	start := time.Now()
+	for attempt := 0; ; attempt++ {
+		_, err := db.Exec(`SELECT 1`) // Ping would hide the server's words
+		if err == nil || permanent(err) {
 			return err
 		}
-		if took := time.Since(start); took >= patience || ctx.Err() != nil {
-			return fmt.Errorf("no answer in %v: %w", took.Round(100*time.Millisecond), err)
+		if ctx.Err() != nil {
+			return fmt.Errorf("%w: %w", ctx.Err(), err)
 		}
-		if n == 0 {
-			log.Warn("waiting for postgres", "patience", patience.String(), "err", err)
+		if took := time.Since(start); took >= limit {
+			return fmt.Errorf("cannot be used after %v: %w", took.Round(100*time.Millisecond), err)
 		}
-		time.Sleep(250 * time.Millisecond)
+		if attempt == 0 {
+			log.Warn("waiting for postgres", "limit", limit.String(), "err", err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(250 * time.Millisecond):
+		}
 	}
+}
+
+// permanent reports whether an error of connecting stays until somebody changes something: the server's
+// refusals, such as a wrong password or an unknown parameter, and whatever has nothing to do with the
+// network.
+func permanent(err error) bool {
+	if e := pq.As(err); e != nil {
+		switch e.Code.Class() {
+		case pqerror.ClassConnectionException:
+			return e.Code == pqerror.ProtocolViolation // PgBouncer: unsupported startup parameter
+		case pqerror.ClassInsufficientResources, pqerror.ClassOperatorIntervention:
+			return false // full, or just starting
+		}
+		return true
+	}
+	var certificate *tls.CertificateVerificationError
+	var file *fs.PathError
+	return errors.As(err, &certificate) || errors.As(err, &file) || errors.Is(err, pq.ErrSSLNotSupported)
+}
+
+// checkEncoding returns an error unless the database can hold every text.
+func checkEncoding(db *database) error {
+	var encoding string
+	if err := db.QueryRow(`SELECT current_setting('server_encoding')`).Scan(&encoding); err != nil {
+		return err
+	}
+	if encoding != "UTF8" {
+		return fmt.Errorf("the encoding of the database is %s, but has to be UTF8", encoding)
+	}
+	return nil
 }

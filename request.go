@@ -9,181 +9,278 @@ import (
 	"math"
 	"net/http"
 	"net/url"
+	"os"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
+	"unicode"
 	"unicode/utf8"
 )
 
 const (
 	maxInt32       = math.MaxInt32
-	maxBody        = 64 << 10 // bytes
-	maxName        = 255      // characters
-	maxDescription = 10_000   // characters
-	maxKey         = 255      // bytes
+	maxBody        = 128 << 10 // bytes: 10,000 characters fit even when a client escapes each as \uXXXX\uXXXX
+	maxName        = 255       // characters
+	maxDescription = 10_000    // characters
+	maxKey         = 255       // bytes
+	bodyTimeout    = 5 * time.Second
 )
 
-var errTooLarge = &failure{413, 7, "errors.request.tooLarge", none}
-
-// input is what a request says, and what is wrong with it. Each getter returns a usable value or notes the fault;
-// fault tells whether there was one.
+// input is a request that is being read. Each getter returns a value that can be used, or notes a fault.
+// err says whether there was one, and has to be asked before the values are used.
 type input struct {
-	query    url.Values
-	body     map[string]json.RawMessage
-	bad      map[string]string // what is wrong with each bad field
-	tooLarge bool
+	header http.Header
+	query  url.Values
+	body   map[string]json.RawMessage
+
+	parameters []string          // that were asked for
+	faults     map[string]string // by field: what is wrong with it
+	failure    *failure          // of the request as a whole, or nil
 }
 
-// readInput reads the query, and where fields are named also the body, which must be an object with no other fields.
-func readInput(w http.ResponseWriter, r *http.Request, fields ...string) *input {
-	in := &input{bad: map[string]string{}}
-	var err error
-	if in.query, err = url.ParseQuery(r.URL.RawQuery); err != nil {
-		in.bad["query"] = "is malformed"
+// readInput reads a request whose body is ignored.
+func readInput(r *http.Request) *input {
+	in := &input{header: r.Header, faults: map[string]string{}}
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		in.faults["query"] = "is malformed"
 	}
-	if len(fields) > 0 {
-		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
-		if in.tooLarge = errors.As(err, new(*http.MaxBytesError)); err != nil {
-			in.bad["body"] = "could not be read"
-		} else {
-			in.body = in.object(body, fields)
-		}
+	in.query = query
+	return in
+}
+
+// readInputWithBody reads a request whose body must be a JSON object that has no other fields than these.
+func readInputWithBody(w http.ResponseWriter, r *http.Request, fields ...string) *input {
+	in := readInput(r)
+	body, err := readBody(w, r)
+	var tooLarge *http.MaxBytesError
+	switch {
+	case errors.As(err, &tooLarge):
+		in.failure = errTooLarge
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		in.failure = errBodyTimeout
+	case err != nil:
+		in.faults["body"] = "could not be read"
+	default:
+		in.readObject(body, fields)
 	}
 	return in
 }
 
-// object splits a JSON object into its fields. encoding/json alone would take repeated keys, keys in other cases,
-// broken UTF-8, and text after the object.
-func (in *input) object(body []byte, fields []string) map[string]json.RawMessage {
-	if !json.Valid(body) || !utf8.Valid(body) || bytes.TrimLeft(body, " \t\r\n")[0] != '{' {
-		in.bad["body"] = "must be one JSON object in UTF-8"
-		return nil
+// readBody reads the body, which has to arrive within bodyTimeout.
+func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	control := http.NewResponseController(w)
+	if err := control.SetReadDeadline(time.Now().Add(bodyTimeout)); err != nil {
+		return nil, err
 	}
-	values := map[string]json.RawMessage{}
-	d := json.NewDecoder(bytes.NewReader(body))
-	for _, _ = d.Token(); d.More(); {
-		key, _ := d.Token()
-		name := key.(string)
-		if _, repeated := values[name]; repeated {
-			in.bad[name] = "is repeated"
-		}
-		if !slices.Contains(fields, name) {
-			in.bad[name] = "is not a known field"
-		}
-		var value json.RawMessage
-		_ = d.Decode(&value)
-		values[name] = value
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	if err != nil {
+		return nil, err
 	}
-	return values
+	// Or the server, which goes on reading, would take the deadline for a client that has gone.
+	return body, control.SetReadDeadline(time.Time{})
 }
 
-// fault returns an error if anything is wrong.
-func (in *input) fault() error {
-	switch {
-	case in.tooLarge:
-		return errTooLarge
-	case len(in.bad) > 0:
-		return invalid(in.bad)
+// readObject splits a JSON object into its fields. encoding/json alone would take repeated keys, keys in
+// other cases, broken UTF-8, and text after the object.
+func (in *input) readObject(text []byte, fields []string) {
+	if !json.Valid(text) || !utf8.Valid(text) || bytes.TrimLeft(text, " \t\r\n")[0] != '{' {
+		in.faults["body"] = "must be one JSON object in UTF-8"
+		return
+	}
+	in.body = map[string]json.RawMessage{}
+	decoder := json.NewDecoder(bytes.NewReader(text))
+	_, _ = decoder.Token() // the brace; from here on errors are impossible, as the text is valid
+	for decoder.More() {
+		key, _ := decoder.Token()
+		name := key.(string)
+		var value json.RawMessage
+		_ = decoder.Decode(&value)
+		if _, repeated := in.body[name]; repeated {
+			in.faults[name] = "is repeated"
+		}
+		if !slices.Contains(fields, name) {
+			in.faults[name] = "is not a known field"
+		}
+		in.body[name] = value
+	}
+}
+
+// err returns a failure if anything is wrong with the request. It is called after the getters: a query
+// parameter that none of them has asked for is a fault, too.
+func (in *input) err() error {
+	if in.failure != nil {
+		return in.failure
+	}
+	for name := range in.query {
+		if !slices.Contains(in.parameters, name) {
+			in.faults[name] = "is not a known parameter"
+		}
+	}
+	if len(in.faults) > 0 {
+		return invalid(in.faults)
 	}
 	return nil
 }
 
-// number returns a query parameter from 1 to most, or the default for one that is absent; a default of 0 makes it
-// required.
-func (in *input) number(name string, absent, most int32) int32 {
-	switch values := in.query[name]; {
-	case len(values) == 1:
-		return in.parse(name, values[0], most)
-	case len(values) > 1:
-		in.bad[name] = "must be given once"
-	case absent == 0:
-		in.bad[name] = "is required"
-	}
-	return absent
+// good returns the parameters that name a good.
+func (in *input) good() (id, projectID int32) {
+	return in.required("id"), in.required("projectId")
 }
 
-// parse returns a number from 1 to most, in digits only.
-func (in *input) parse(name, digits string, most int32) int32 {
-	n, err := strconv.ParseInt(digits, 10, 32)
-	if err != nil || n < 1 || n > int64(most) || digits[0] == '+' {
-		in.bad[name] = fmt.Sprintf("must be an integer from 1 to %d", most)
+// required returns a parameter that has to be there, from 1 on.
+func (in *input) required(name string) int32 {
+	if !in.query.Has(name) {
+		in.faults[name] = "is required"
+	}
+	return in.optional(name, 0, maxInt32)
+}
+
+// optional returns a parameter from 1 to most, or absent when it is not there.
+func (in *input) optional(name string, absent, most int32) int32 {
+	in.parameters = append(in.parameters, name)
+	values := in.query[name]
+	switch len(values) {
+	case 0:
+		return absent
+	case 1:
+		return in.parse(name, values[0], most)
+	default:
+		in.faults[name] = "must be given once"
+		return absent
+	}
+}
+
+// parse returns a number from 1 to most, written in decimal digits.
+func (in *input) parse(field, digits string, most int32) int32 {
+	n, err := strconv.ParseUint(digits, 10, 31)
+	if err != nil || n < 1 || n > uint64(most) {
+		in.faults[field] = fmt.Sprintf("must be an integer from 1 to %d", most)
+		return 0
 	}
 	return int32(n)
 }
 
-// field returns a field of the body, nil if it is absent.
-func (in *input) field(name string, required bool) json.RawMessage {
+// integer returns a field of the body that must be a positive 32-bit integer.
+func (in *input) integer(name string) int32 {
+	raw := in.requiredField(name)
+	if raw == nil {
+		return 0
+	}
+	return in.parse(name, string(raw), maxInt32)
+}
+
+// requiredField returns a field of the body as it was sent, nil if it is absent.
+func (in *input) requiredField(name string) json.RawMessage {
 	raw := in.body[name]
-	if raw == nil && required && in.bad["body"] == "" {
-		in.bad[name] = "is required"
+	if raw == nil && in.body != nil {
+		in.faults[name] = "is required"
 	}
 	return raw
 }
 
-// integer returns a field that must be a positive 32-bit integer.
-func (in *input) integer(name string) (n int32) {
-	if raw := in.field(name, true); raw != nil {
-		n = in.parse(name, string(raw), maxInt32)
+// name returns the field name, which every good has.
+func (in *input) name() *string {
+	const field = "name"
+	if in.requiredField(field) == nil {
+		return nil
 	}
-	return n
+	s := in.text(field, maxName)
+	if in.faults[field] == "" && blank(*s) {
+		in.faults[field] = "must not be blank"
+	}
+	return s
 }
 
-// text returns a field of at most that many characters, nil when it is absent.
+// blank reports whether a text shows nothing: it has only spaces, control and format characters, and
+// letters without a form.
+func blank(s string) bool {
+	return !strings.ContainsFunc(s, func(c rune) bool {
+		switch c {
+		case '\u115F', '\u1160', '\u2800', '\u3164', '\uFFA0':
+			return false
+		}
+		return !unicode.IsSpace(c) && !unicode.In(c, unicode.Cc, unicode.Cf)
+	})
+}
+
+// description returns the field description, nil when it is absent.
+func (in *input) description() *string {
+	return in.text("description", maxDescription)
+}
+
+// text returns a field of at most so many characters, nil when it is absent.
 func (in *input) text(name string, most int) *string {
-	raw := in.field(name, false)
+	raw := in.body[name]
 	if raw == nil {
 		return nil
 	}
 	var s string
 	switch {
 	case raw[0] != '"' || json.Unmarshal(raw, &s) != nil:
-		in.bad[name] = "must be a string"
-	case loneSurrogate(raw) || strings.ContainsRune(s, 0):
-		in.bad[name] = "must not contain U+0000 or a lone surrogate"
+		in.faults[name] = "must be a string"
+	case hasLoneSurrogate(raw) || strings.ContainsRune(s, 0):
+		in.faults[name] = "must not contain U+0000 or a lone surrogate"
 	case utf8.RuneCountInString(s) > most:
-		in.bad[name] = fmt.Sprintf("must have at most %d characters", most)
+		in.faults[name] = fmt.Sprintf("must have at most %d characters", most)
 	}
 	return &s
 }
 
-var surrogatePair, surrogate = regexp.MustCompile(`(?i)\\ud[89ab]..\\ud[c-f]..`), regexp.MustCompile(`(?i)\\ud[89a-f]`)
+var (
+	surrogatePair = regexp.MustCompile(`(?i)\\ud[89ab]..\\ud[c-f]..`)
+	surrogate     = regexp.MustCompile(`(?i)\\ud[89a-f]`)
+)
 
-// loneSurrogate reports whether a JSON string has the escape of one half of a surrogate pair, which encoding/json
-// would replace by U+FFFD.
-func loneSurrogate(raw []byte) bool {
+// hasLoneSurrogate reports whether a JSON string has the escape of one half of a surrogate pair, which
+// encoding/json would replace by U+FFFD.
+func hasLoneSurrogate(raw []byte) bool {
 	if !bytes.Contains(raw, []byte(`\u`)) {
 		return false
 	}
 	raw = bytes.ReplaceAll(raw, []byte(`\\`), []byte(" ")) // an escaped backslash escapes nothing
-	return surrogate.Match(surrogatePair.ReplaceAll(raw, []byte(" ")))
+	raw = surrogatePair.ReplaceAll(raw, []byte(" "))
+	return surrogate.Match(raw)
 }
 
-// name returns the field name, which every good has.
-func (in *input) name() *string {
-	in.field("name", true)
-	s := in.text("name", maxName)
-	if s != nil && in.bad["name"] == "" && strings.TrimSpace(*s) == "" {
-		in.bad["name"] = "must not be blank"
-	}
-	return s
-}
-
-// idempotencyKey returns the header of that name, or "" when it is absent.
-func (in *input) idempotencyKey(h http.Header) string {
+// idempotencyKey returns the header of that name, "" when it is absent.
+func (in *input) idempotencyKey() string {
 	const name = "Idempotency-Key"
-	values := h.Values(name)
-	if len(values) == 0 {
+	values := in.header.Values(name)
+	switch {
+	case len(values) == 0:
 		return ""
-	}
-	if len(values) > 1 {
-		in.bad[name] = "must be given once"
-	} else if values[0] == "" || len(values[0]) > maxKey || !printable(values[0]) {
-		in.bad[name] = fmt.Sprintf("must have 1 to %d printable ASCII characters", maxKey)
+	case len(values) > 1:
+		in.faults[name] = "must be given once"
+	case values[0] == "" || len(values[0]) > maxKey || !printable(values[0]):
+		in.faults[name] = fmt.Sprintf("must have 1 to %d printable ASCII characters", maxKey)
 	}
 	return values[0]
 }
 
+// ifMatch returns the version that the header If-Match names, nil when it is absent or *, which every
+// version matches.
+func (in *input) ifMatch() *int32 {
+	const name = "If-Match"
+	values := in.header.Values(name)
+	if len(values) == 0 || len(values) == 1 && values[0] == "*" {
+		return nil
+	}
+	tag := values[0]
+	if len(values) == 1 && len(tag) > 2 && strings.HasPrefix(tag, `"`) && strings.HasSuffix(tag, `"`) {
+		version, err := strconv.ParseUint(tag[1:len(tag)-1], 10, 31)
+		if err == nil {
+			v := int32(version)
+			return &v
+		}
+	}
+	in.faults[name] = `must be one ETag of this good, such as "3", in its quotes`
+	return nil
+}
+
+// printable reports whether s has printable ASCII characters only.
 func printable(s string) bool {
 	return !strings.ContainsFunc(s, func(c rune) bool { return c < ' ' || c > '~' })
 }

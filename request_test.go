@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 	"unicode/utf8"
 )
 
@@ -15,10 +16,15 @@ import (
 func read(query, body string) (name, description *string, in *input) {
 	r := httptest.NewRequest("PATCH", "/goods/update", strings.NewReader(body))
 	r.URL.RawQuery = query
-	in = readInput(httptest.NewRecorder(), r, "name", "description")
-	in.number("id", 0, maxInt32)
-	return in.name(), in.text("description", maxDescription), in
+	in = readInputWithBody(deadlineRecorder{httptest.NewRecorder()}, r, "name", "description")
+	in.required("id")
+	return in.name(), in.description(), in
 }
+
+// deadlineRecorder takes the deadline that a real connection would.
+type deadlineRecorder struct{ *httptest.ResponseRecorder }
+
+func (deadlineRecorder) SetReadDeadline(time.Time) error { return nil }
 
 func FuzzBody(f *testing.F) {
 	for _, seed := range []string{
@@ -29,7 +35,7 @@ func FuzzBody(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, body string) {
 		name, description, in := read("id=1", body)
-		if in.fault() != nil {
+		if in.err() != nil {
 			return
 		}
 		// What is taken is an object of just these two, with texts that Postgres and every client can hold.
@@ -62,8 +68,8 @@ func FuzzQuery(f *testing.F) {
 			n, err := strconv.ParseInt(ids[0], 10, 32)
 			want = err == nil && n > 0
 		}
-		if got := in.fault() == nil; got != want {
-			t.Fatalf("%q: taken %v, want %v: %v", query, got, want, in.bad)
+		if got := in.err() == nil; got != want {
+			t.Fatalf("%q: taken %v, want %v: %v", query, got, want, in.faults)
 		}
 	})
 }

@@ -7,7 +7,9 @@ CREATE TABLE goods (
     description     text        NOT NULL DEFAULT '',
     priority        integer     NOT NULL,
     removed         boolean     NOT NULL DEFAULT false,
-    created_at      timestamptz NOT NULL DEFAULT now(),
+    -- Not now(), which is when the transaction began: it may have waited for a
+    -- lock since.
+    created_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
     version         integer     NOT NULL DEFAULT 1,
     idempotency_key text,
     request_digest  text, -- of the name and description that the key was first sent with
@@ -21,23 +23,32 @@ CREATE TABLE goods (
     CONSTRAINT goods_priority_key UNIQUE (priority) DEFERRABLE INITIALLY IMMEDIATE
 );
 
-CREATE INDEX goods_project_id_idx ON goods (project_id);
+-- By project, and in it in the order of the list.
+CREATE INDEX goods_project_id_idx ON goods (project_id, priority);
 CREATE INDEX goods_name_idx ON goods (name);
 CREATE UNIQUE INDEX goods_idempotency_key ON goods (project_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
 
--- Whoever changes which priorities exist, or which goods have them, takes this
--- lock first and holds it until the end of its transaction.
-CREATE FUNCTION lock_priorities() RETURNS void
-    LANGUAGE sql AS
+-- Every transaction that changes which priorities exist, or which goods have
+-- them, takes this lock first and holds it until its end. Returns the highest
+-- priority. The function is VOLATILE (the default), so it sees what was
+-- committed while the lock was waited for; the statement that calls it sees
+-- only what was committed before that statement began.
+CREATE FUNCTION lock_priorities() RETURNS integer
+    LANGUAGE plpgsql AS
 $$
-    SELECT pg_advisory_xact_lock(hashtext('goods.priority'))
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtext('goods.priority'));
+    RETURN (SELECT coalesce(max(priority), 0) FROM goods);
+END
 $$;
 
+-- The triggers take the lock for statements that do not, such as those made by
+-- hand.
 CREATE FUNCTION goods_lock_priorities() RETURNS trigger
     LANGUAGE plpgsql AS
 $$
 BEGIN
-    PERFORM lock_priorities();
+    PERFORM pg_advisory_xact_lock(hashtext('goods.priority'));
     RETURN NULL;
 END
 $$;
@@ -50,11 +61,10 @@ CREATE TRIGGER goods_lock_update
     BEFORE UPDATE OF priority ON goods
     FOR EACH STATEMENT EXECUTE FUNCTION goods_lock_priorities();
 
--- A new good goes to the end. The function is VOLATILE (the default), so max()
--- sees what was committed while the lock was waited for, and the rows that the
--- same INSERT has already added. The service says all this itself, which is
--- cheaper for many rows at once.
-CREATE FUNCTION goods_before_insert() RETURNS trigger
+-- A new good goes to the end. max() sees the rows that the same INSERT has
+-- already added. The service gives priorities itself, which is cheaper for many
+-- rows at once.
+CREATE FUNCTION goods_set_priority() RETURNS trigger
     LANGUAGE plpgsql AS
 $$
 BEGIN
@@ -63,10 +73,10 @@ BEGIN
 END
 $$;
 
-CREATE TRIGGER goods_before_insert
+CREATE TRIGGER goods_insert_priority
     BEFORE INSERT ON goods
     FOR EACH ROW WHEN (NEW.priority IS NULL)
-    EXECUTE FUNCTION goods_before_insert();
+    EXECUTE FUNCTION goods_set_priority();
 
 -- Each write of a row is a version of it. (id, version) names its content
 -- everywhere: in the cache, and as an event.

@@ -1,0 +1,71 @@
+package main
+
+import (
+	"io"
+	"log/slog"
+	"os"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	logQueue        = 1000 // lines that wait to be written
+	logFlushTimeout = time.Second
+)
+
+// logWriter writes lines in the background, so that nothing waits for whoever reads the log: lines that do
+// not fit into its queue are dropped, and counted. It may be used concurrently.
+type logWriter struct {
+	lines   chan []byte
+	dropped atomic.Int64
+	ended   chan struct{} // closed when the last line has been written
+}
+
+func newLogWriter(w io.Writer) *logWriter {
+	l := &logWriter{lines: make(chan []byte, logQueue), ended: make(chan struct{})}
+	go func() {
+		defer close(l.ended)
+		for line := range l.lines {
+			_, _ = w.Write(line) // fails when the reader has ended, which is no reason not to serve
+		}
+	}()
+	return l
+}
+
+// Write queues a line.
+func (l *logWriter) Write(line []byte) (int, error) {
+	select {
+	case l.lines <- append([]byte(nil), line...):
+	default:
+		l.dropped.Add(1)
+	}
+	return len(line), nil
+}
+
+// flush writes what is queued, for a moment at most. Nothing may be written afterwards.
+func (l *logWriter) flush() {
+	close(l.lines)
+	select {
+	case <-l.ended:
+	case <-time.After(logFlushTimeout):
+	}
+}
+
+// newLog returns a logger that writes text when w leads to a terminal, and JSON otherwise.
+func newLog(w io.Writer, terminal bool, level slog.Level) *slog.Logger {
+	options := &slog.HandlerOptions{Level: level}
+	if terminal {
+		return slog.New(slog.NewTextHandler(w, options))
+	}
+	return slog.New(slog.NewJSONHandler(w, options))
+}
+
+// isTerminal reports whether w is a terminal.
+func isTerminal(w io.Writer) bool {
+	file, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	info, err := file.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0
+}

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+)
+
+// The memory for replies that are being sent is bounded, however many clients ask and however slowly they
+// read. A reply of up to freeReply bytes needs no reservation: it costs its connection no more than the
+// buffers that it has anyway.
+const (
+	freeReply    = 16 << 10
+	smallReply   = 256 << 10 // what lists first try to answer with
+	mediumReply  = 1 << 20
+	mediumMemory = 32 << 20 // for replies of up to mediumReply: large ones do not hold them up
+	largeMemory  = 64 << 20 // for the rest; the largest page has 62 MB
+	memoryUnit   = 64 << 10
+)
+
+// memory is an amount of memory that replies share. All methods may be called concurrently.
+type memory struct {
+	turn chan struct{} // held while reserving, so that two callers never wait for each other's units
+	used chan struct{} // has an element for each memoryUnit that is reserved
+}
+
+func newMemory(bytes int) *memory {
+	return &memory{turn: make(chan struct{}, 1), used: make(chan struct{}, bytes/memoryUnit)}
+}
+
+// reserve waits for so many bytes, in the order of the calls. It fails with errNoMemory when ctx ends. The
+// caller must call release when it no longer needs them.
+func (m *memory) reserve(ctx context.Context, bytes int) (release func(), err error) {
+	select {
+	case m.turn <- struct{}{}:
+	case <-ctx.Done():
+		return nil, errNoMemory
+	}
+	defer func() { <-m.turn }()
+	units := min((bytes+memoryUnit-1)/memoryUnit, cap(m.used))
+	for n := range units {
+		select {
+		case m.used <- struct{}{}:
+		case <-ctx.Done():
+			m.free(n)
+			return nil, errNoMemory
+		}
+	}
+	return sync.OnceFunc(func() { m.free(units) }), nil
+}
+
+func (m *memory) free(units int) {
+	for range units {
+		<-m.used
+	}
+}
+
+// replyMemory is the memory of all replies.
+type replyMemory struct {
+	medium, large *memory
+}
+
+func newReplyMemory() replyMemory {
+	return replyMemory{medium: newMemory(mediumMemory), large: newMemory(largeMemory)}
+}
+
+// reserve is memory.reserve, for a reply of so many bytes.
+func (m replyMemory) reserve(ctx context.Context, bytes int) (release func(), err error) {
+	switch {
+	case bytes <= freeReply:
+		return func() {}, nil
+	case bytes <= mediumReply:
+		return m.medium.reserve(ctx, bytes)
+	default:
+		return m.large.reserve(ctx, bytes)
+	}
+}
+
+// errReplyTooLarge is the error of a reply that has more bytes than it may have: so many.
+type errReplyTooLarge int
+
+func (e errReplyTooLarge) Error() string { return fmt.Sprintf("the reply has %d bytes", int(e)) }
+
+// builder makes a reply of at most maxBytes, or returns errReplyTooLarge. reserved says that there is
+// memory for it.
+type builder func(ctx context.Context, maxBytes int, reserved bool) ([]byte, error)
+
+// build returns a reply. One that needs a reservation is built anew once there is memory for it, rather
+// than held meanwhile. It ends within requestTimeout of the second time. The caller must call release when
+// the reply has been sent; after an error, there is nothing to release.
+func (m replyMemory) build(ctx context.Context, build builder) (reply []byte, release func(), err error) {
+	reply, err = build(ctx, smallReply, false)
+	if err == nil && len(reply) <= freeReply {
+		return reply, func() {}, nil
+	}
+	need := len(reply)
+	reply = nil
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	for {
+		var tooLarge errReplyTooLarge
+		if errors.As(err, &tooLarge) {
+			need = int(tooLarge)
+		} else if err != nil {
+			return nil, nil, err
+		}
+		release, err = m.reserve(ctx, need)
+		if err != nil {
+			return nil, nil, err
+		}
+		reply, err = build(ctx, need, true)
+		if err == nil {
+			return reply, release, nil
+		}
+		release()
+	}
+}

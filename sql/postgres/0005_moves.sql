@@ -1,0 +1,108 @@
+-- Moves goods, as a JSON array of requests says, one after the other in its
+-- order. Each move is an UPDATE of its own, so every version of every good is an
+-- event. Per request it returns n, the request's place in the array from 1, and
+-- an outcome:
+--
+--   moved      keys has id << 32 | version of every good whose priority changed,
+--              or of the good alone when none did; the first of them is now at
+--              first_position, and the others follow it
+--   missing    there is no such good, or it is removed
+--   changed    the good no longer has the version that the request names
+--   too long   the move would renumber more than max_span goods besides this
+--              one, which is at first_position
+--   locked     another transaction holds a good that would be renumbered
+--   postponed  the moves before it have renumbered so many goods that max_batch
+--              would be exceeded: it has not begun
+CREATE FUNCTION move_goods(requests json, max_span integer, max_batch integer)
+    RETURNS TABLE (n bigint, outcome text, first_position integer, keys bigint[])
+    LANGUAGE plpgsql AS
+$$
+DECLARE
+    last_position integer := lock_priorities();
+    renumbered    integer := 0;
+    request       record;
+    found_good    record;
+    target        integer;
+    low           integer;
+    high          integer;
+    step          integer;
+BEGIN
+    FOR request IN
+        SELECT r.id, r.project_id, r.priority, r.version, r.number
+        FROM ROWS FROM (json_to_recordset(requests) AS (id integer, project_id integer, priority integer, version integer))
+            WITH ORDINALITY AS r (id, project_id, priority, version, number)
+    LOOP
+        n := request.number;
+        first_position := NULL;
+        keys := NULL;
+        -- Nobody else changes priorities while this transaction has their lock.
+        SELECT g.priority, g.version
+        INTO found_good
+        FROM goods AS g
+        WHERE g.id = request.id
+          AND g.project_id = request.project_id
+          AND NOT g.removed;
+        IF NOT FOUND THEN
+            outcome := 'missing';
+            RETURN NEXT;
+            CONTINUE;
+        END IF;
+        IF found_good.version <> request.version THEN
+            outcome := 'changed';
+            RETURN NEXT;
+            CONTINUE;
+        END IF;
+
+        target := least(request.priority, last_position);
+        low := least(found_good.priority, target);
+        high := greatest(found_good.priority, target);
+        first_position := low;
+        IF low = high THEN
+            outcome := 'moved';
+            keys := ARRAY[request.id::bigint << 32 | found_good.version];
+            RETURN NEXT;
+            CONTINUE;
+        END IF;
+        IF high - low > max_span THEN
+            outcome := 'too long';
+            first_position := found_good.priority;
+            RETURN NEXT;
+            CONTINUE;
+        END IF;
+        IF renumbered > 0 AND renumbered + high - low + 1 > max_batch THEN
+            outcome := 'postponed';
+            RETURN NEXT;
+            CONTINUE;
+        END IF;
+
+        step := CASE WHEN target = low THEN 1 ELSE -1 END;
+        -- All goods of the range, or none. The moved one must still be what was
+        -- found above: it can be edited or removed until it is locked here.
+        WITH locked AS MATERIALIZED (
+            SELECT g.id
+            FROM goods AS g
+            WHERE g.priority BETWEEN low AND high
+              AND (g.id <> request.id OR NOT g.removed AND g.version = found_good.version)
+            ORDER BY g.id
+            FOR UPDATE SKIP LOCKED
+        ), moved AS (
+            UPDATE goods AS g
+            SET priority = CASE WHEN g.id = request.id THEN target ELSE g.priority + step END,
+                version = g.version + 1
+            WHERE g.id = ANY (ARRAY(SELECT l.id FROM locked AS l))
+              AND (SELECT count(*) FROM locked) = high - low + 1
+            RETURNING g.id, g.priority, g.version
+        )
+        SELECT array_agg(m.id::bigint << 32 | m.version ORDER BY m.priority)
+        INTO keys
+        FROM moved AS m;
+        IF keys IS NULL THEN
+            outcome := 'locked';
+        ELSE
+            outcome := 'moved';
+            renumbered := renumbered + high - low + 1;
+        END IF;
+        RETURN NEXT;
+    END LOOP;
+END
+$$;
