@@ -80,7 +80,7 @@ func TestMetrics(t *testing.T) {
 	expect("goods_outbox_oldest_age_seconds", "", 0)
 	expect("goods_stream_backlog_messages", "", 0)
 	expect("goods_dependency_up", "", 4)
-	expect("goods_build_info", `value:"test"`, 1)
+	expect("goods_build_info", `value:"(devel)"`, 1)
 	all := families(t, a)
 	for name, family := range all {
 		if kind := family.GetType(); family.GetHelp() == "" || (kind == dto.MetricType_COUNTER) != strings.HasSuffix(name, "_total") {

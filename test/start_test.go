@@ -36,7 +36,7 @@ func TestCommands(t *testing.T) {
 	w := harness.NewWorld(t)
 	for command, want := range map[string]string{
 		"-h": everyVariable, "--help": everyVariable, "help": everyVariable + " :8080 localhost:5432 localhost:6379 localhost:4222 localhost:9000",
-		"version": "goods test", "-version": "goods test", "--version": "goods test",
+		"version": "goods (devel)", "-version": "goods (devel)", "--version": "goods (devel)",
 	} {
 		if out, stderr, success := goods(t, w, command, "HTTP_ADDR=nonsense"); !success || !has(out, want) {
 			t.Errorf("%s: got %q and %q, want %q", command, out, stderr, want)

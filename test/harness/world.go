@@ -48,7 +48,7 @@ func Main(m *testing.M) {
 		log.Fatal(err)
 	}
 	program = filepath.Join(dir, "goods")
-	build := exec.Command("go", "build", "-buildvcs=false", "-ldflags", "-X main.version=test", "-o", program)
+	build := exec.Command("go", "build", "-buildvcs=false", "-o", program)
 	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
 		build.Args = append(build.Args, "-race")
 	}
