@@ -46,16 +46,23 @@ hello = printf '\n%s\n%s\n\n' "goods answers at http://$$address; try:" \
 help: ## list the targets
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-20s %s\n", $$1, $$2 }'
 
-run: ## start the servers, build and run the service on :8080; Ctrl-C ends the service
+# Follows the container by its id, and then the one that replaced it: docker compose logs ends, or hangs, when the only
+# container that it follows is restarted or made anew.
+run: ## start the servers, build and run the service on 127.0.0.1:8080; Ctrl-C ends the service
 	set -e; if $(docker); then \
+		since=$$(date +%s); \
 		docker compose up --build --detach --wait; \
 		address=$$(docker compose port goods 8080); $(hello); \
-		docker compose logs --follow --since 1s goods & logs=$$!; \
-		trap "kill $$logs 2>/dev/null" INT TERM; wait $$logs || true; \
-		docker compose stop goods; exit; \
+		trap 'kill $$logs 2>/dev/null || true; docker compose stop goods; exit' INT TERM; \
+		while container=$$(docker compose ps --quiet goods) && test -n "$$container"; do \
+			docker logs --follow --since $$since "$$container" & logs=$$!; \
+			wait $$logs || true; \
+			since=$$(date +%s); sleep 1; \
+		done; \
+		exit; \
 	fi; \
 	$(servers) $(gobuild); \
-	address=$${HTTP_ADDR:-:8080}; address=$${address/#:/localhost:}; \
+	address=$${HTTP_ADDR:-127.0.0.1:8080}; address=$${address/#:/localhost:}; \
 	if ./goods healthcheck 2>/dev/null; then echo "a service answers at http://$$address already" >&2; exit 1; fi; \
 	( ( until ./goods healthcheck; do kill -0 $$$$ || exit; sleep 0.2; done 2>/dev/null; $(hello) ) & ); \
 	exec ./goods

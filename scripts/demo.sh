@@ -41,7 +41,7 @@ query() {
 command -v curl >/dev/null || scripts/servers.sh install curl
 published=
 [[ ${NATIVE-} ]] || published=$($(command -v timeout >/dev/null && echo timeout 5) docker compose port goods 8080 2>/dev/null) || true
-address=${published:-${HTTP_ADDR:-:8080}}
+address=${published:-${HTTP_ADDR:-127.0.0.1:8080}}
 address=${address/#:/localhost:}
 address=${address/#0.0.0.0:/localhost:}
 curl -fsS --max-time 5 "$address/healthz" >/dev/null 2>&1 ||
