@@ -12,6 +12,7 @@ TESTFLAGS ?=
 MINUTES ?= 5
 FUZZTIME ?= 30s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+ACTIONLINT = github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 
 # Docker then labels the images that it builds with the commit.
 export BUILDX_GIT_LABELS = 1
@@ -106,13 +107,15 @@ fuzz: ## run each fuzz target for FUZZTIME=30s
 		go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x .; \
 	done
 
-lint: ## gofmt, go vet, staticcheck, shellcheck, promtool
+lint: ## gofmt, go vet, staticcheck, a build for arm64, shellcheck, actionlint, promtool
 	$(contained) \
 	unformatted=$$(gofmt -l .); \
 	if test -n "$$unformatted"; then echo "not formatted with gofmt:" $$unformatted; exit 1; fi; \
 	for module in . test; do (cd $$module; go vet ./...; go run $(STATICCHECK) ./...); done; \
+	CGO_ENABLED=0 GOARCH=arm64 go build -buildvcs=false -o /dev/null .; \
 	{ command -v shellcheck && command -v promtool; } >/dev/null || scripts/servers.sh install shellcheck prometheus; \
 	shellcheck scripts/*.sh .ci/run; \
+	go run $(ACTIONLINT) .github/workflows/*.yml; \
 	promtool check rules deploy/alerts.yaml
 
 demo: ## show the API on a running service
