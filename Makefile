@@ -35,6 +35,9 @@ servers = scripts/servers.sh start; given=$$(export -p); eval "$$(scripts/server
 # Go's race detector needs a C compiler.
 compiler = command -v cc >/dev/null || scripts/servers.sh install gcc libc6-dev;
 
+# What reads deploy/alerts.yaml in the tests, and promtool for the linters.
+prometheus = command -v prometheus >/dev/null || scripts/servers.sh install prometheus;
+
 # go build takes the version from git, and fails where git refuses the folder because it belongs to another user.
 gobuild = CGO_ENABLED=0 go build -trimpath -buildvcs=$$(git status >/dev/null 2>&1 && echo auto || echo false) -o goods .
 
@@ -73,11 +76,11 @@ up: ## start the servers only
 	else scripts/servers.sh start; fi
 
 down: ## stop the servers, keep their data
-	set -e; if $(docker); then docker compose down; fi; scripts/servers.sh stop
+	set -e; if $(docker); then docker compose --profile monitoring down; fi; scripts/servers.sh stop
 
 clean: ## stop the servers, delete their data and what was built
 	set -e; if $(docker); then \
-		docker compose down --volumes; docker volume rm --force goods-mod goods-build >/dev/null; \
+		docker compose --profile monitoring down --volumes; docker volume rm --force goods-mod goods-build >/dev/null; \
 	fi; scripts/servers.sh clean; rm -f goods
 
 env: ## print the URLs of this machine's servers, for eval
@@ -87,7 +90,7 @@ build: ## build ./goods
 	$(gobuild)
 
 test: ## run the tests with the race detector; TESTFLAGS='-run Name -v'
-	$(contained) $(compiler) $(servers) \
+	$(contained) $(compiler) $(servers) $(prometheus) \
 	go test -race -count=1 -timeout=5m $(TESTFLAGS) .; \
 	cd test; go test -race -count=1 -timeout=10m $(TESTFLAGS) $$(go list ./... | grep -vE '/(faults|bench)$$')
 
@@ -108,12 +111,12 @@ fuzz: ## run each fuzz target for FUZZTIME=30s
 	done
 
 lint: ## gofmt, go vet, staticcheck, a build for arm64, shellcheck, actionlint, promtool
-	$(contained) \
+	$(contained) $(prometheus) \
 	unformatted=$$(gofmt -l .); \
 	if test -n "$$unformatted"; then echo "not formatted with gofmt:" $$unformatted; exit 1; fi; \
 	for module in . test; do (cd $$module; go vet ./...; go run $(STATICCHECK) ./...); done; \
 	CGO_ENABLED=0 GOARCH=arm64 go build -buildvcs=false -o /dev/null .; \
-	{ command -v shellcheck && command -v promtool; } >/dev/null || scripts/servers.sh install shellcheck prometheus; \
+	command -v shellcheck >/dev/null || scripts/servers.sh install shellcheck; \
 	shellcheck scripts/*.sh .ci/run; \
 	go run $(ACTIONLINT) .github/workflows/*.yml; \
 	promtool check rules deploy/alerts.yaml
