@@ -1,11 +1,8 @@
 package test
 
 import (
-	"bufio"
 	"fmt"
-	"io"
 	"net"
-	"net/http"
 	"net/url"
 	"strings"
 	"testing"
@@ -134,32 +131,29 @@ func TestRequestsInLog(t *testing.T) {
 	}
 }
 
-// A slow or rude client gets an answer, or loses its connection, before long.
+// A slow or rude client gets an answer, or loses its connection, before long. Some of these answers are Go's own,
+// without JSON.
 func TestServerLimits(t *testing.T) {
 	_, a := started(t)
+	const get, host = "GET /goods/list HTTP/1.1\r\n", "Host: goods\r\n"
 	for _, test := range []struct {
-		name, send string
-		status     int // 0: no answer at all
+		name, request string
+		status        int // 0: no answer at all
 	}{
-		{"header never ends", "GET /healthz HTTP/1.1\r\nHost: x\r\n", 0},
-		{"body never ends", "POST " + create + " HTTP/1.1\r\nHost: x\r\nContent-Length: 12\r\n\r\n{\"na", 400},
+		{"header never ends", get + host, 0},
 		{"no request", "", 0},
-		{"large header", "GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 17<<10) + "\r\n\r\n", 431},
+		{"large header", get + host + "X: " + strings.Repeat("x", 17<<10) + "\r\n\r\n", 431},
 		{"no HTTP", "\x16\x03\x01\x02\x00\x01\r\n\r\n", 400},
+		{"another HTTP", "GET /goods/list HTTP/9.9\r\n" + host + "\r\n", 505},
+		{"no host", get + "\r\n", 400},
+		{"no header", get + host + "nonsense\r\n\r\n", 400},
+		{"bad escape in the path", "GET /goods/%zz HTTP/1.1\r\n" + host + "\r\n", 400},
+		{"unknown expectation", get + host + "Expect: foo\r\n\r\n", 417},
+		{"unknown encoding", get + host + "Transfer-Encoding: foo\r\n\r\n", 501},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			conn, err := net.Dial("tcp", strings.TrimPrefix(a.URL, "http://"))
-			harness.Must(t, err)
-			defer conn.Close()
-			harness.Must(t, conn.SetDeadline(time.Now().Add(30*time.Second)))
-			_, err = io.WriteString(conn, test.send)
-			harness.Must(t, err)
-			status := 0
-			response, err := http.ReadResponse(bufio.NewReader(conn), nil)
-			if err == nil {
-				status = response.StatusCode
-			}
+			status, _, err := send(t, a, test.request, 30*time.Second)
 			if timeout, ok := err.(net.Error); ok && timeout.Timeout() || status != test.status {
 				t.Errorf("got status %d, %v, want %d", status, err, test.status)
 			}

@@ -1,0 +1,218 @@
+package test
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pb33f/libopenapi"
+	validator "github.com/pb33f/libopenapi-validator/schema_validation"
+
+	"goods/test/harness"
+)
+
+// A browser adds cookies and passwords to what a page of any other site sends, so a write from there is refused.
+func TestCrossOrigin(t *testing.T) {
+	w, a := started(t)
+	own := "Origin: " + a.URL
+	crossOrigin := [][]string{
+		{"Sec-Fetch-Site: cross-site"},
+		{"Sec-Fetch-Site: same-site"},
+		{"Sec-Fetch-Site: cross-site", own},
+		{"Origin: http://shop.example"},
+		{"Origin: null"},
+		{"Origin: " + a.URL + "0"}, // another port
+		{"Sec-Fetch-Site: cross-site", "Content-Type: text/plain"},
+	}
+	for _, header := range crossOrigin {
+		for _, call := range calls {
+			if call.method != "GET" {
+				refused(t, a, 10, call.method, call.path, call.body, header...)
+			}
+		}
+	}
+	harness.Equal(t, harness.One[int](t, w, `SELECT count(*) FROM goods`), 0, "goods after refused creates")
+
+	sameOrigin := [][]string{
+		{},
+		{"Sec-Fetch-Site: same-origin", own},
+		{"Sec-Fetch-Site: none"},
+		{own},
+		{"Content-Type: text/plain"},
+	}
+	for _, header := range sameOrigin {
+		r := a.Call(t, "POST", create, someName, header...)
+		harness.Equal(t, r.Status, 201, "create with %q", header)
+	}
+	for _, header := range crossOrigin {
+		for _, path := range []string{"/goods/list", "/healthz", "/openapi.yaml"} {
+			harness.Equal(t, a.Call(t, "GET", path, "", header...).Status, 200, "GET %s with %q", path, header)
+		}
+	}
+	harness.Equal(t, w.Settled(t, 15*time.Second), len(sameOrigin), "events")
+}
+
+// A parameter that is misspelt, or of another service, must not silently return something else.
+func TestUnknownParameters(t *testing.T) {
+	w, a := started(t)
+	a.Create(t, "one")
+	for added, name := range map[string]string{
+		"page=2": "page", "page": "page", "Limit=5": "Limit", "projectID=1": "projectID", "project_id=1": "project_id",
+		"%70age=2": "page", "name=x": "name", "newPriority=1": "newPriority", "limit%20=1": "limit ", "é=1": "é",
+	} {
+		for _, call := range calls {
+			path := call.path + "&" + added
+			details := refused(t, a, 2, call.method, path, call.body)
+			if details[name] == "" || len(details) != 1 {
+				t.Errorf("%s: got details %v, want %q", path, details, name)
+			}
+		}
+	}
+	// A parameter of one call is unknown to another.
+	for path, name := range map[string]string{"/goods/list?id=1": "id", "/goods/list?limit=1&ID=1&offset=1": "ID"} {
+		harness.Equal(t, len(refused(t, a, 2, "GET", path, "")[name]) > 0, true, "%s is in the details of %s", name, path)
+	}
+	details := refused(t, a, 2, "POST", create+"&id=1&limit=1", `{"name":""}`)
+	harness.Equal(t, len(details), 3, "unknown parameters and bad fields: faults in %v", details)
+	harness.Equal(t, w.Settled(t, 15*time.Second), 1, "events: refused requests change nothing")
+}
+
+// newGoodSchema tells whether openapi.yaml accepts a body of create.
+func newGoodSchema(t testing.TB) (accepts func(body string) bool) {
+	t.Helper()
+	document, err := libopenapi.NewDocument(harness.File(t, "openapi.yaml"))
+	harness.Must(t, err)
+	spec, err := document.BuildV3Model()
+	harness.Must(t, err)
+	proxy, found := spec.Model.Components.Schemas.Get("NewGood")
+	harness.Equal(t, found, true, "openapi.yaml has a schema NewGood")
+	return func(body string) bool {
+		right, _ := validator.NewSchemaValidator().ValidateSchemaString(proxy.Schema(), body)
+		return right
+	}
+}
+
+// A name has to show something. The service and openapi.yaml agree on what does.
+func TestBlankNames(t *testing.T) {
+	w, a := started(t)
+	a.Create(t, "one")
+	accepts := newGoodSchema(t)
+	blank := []string{
+		"", " ", "\t", "\n", "\v", "\f", "\r", "\u0085", "\u00a0", "\u1680", "\u2000", "\u2003", "\u200a", "\u2028", "\u2029",
+		"\u202f", "\u205f", "\u3000", // white space
+		"\u00ad", "\u061c", "\u180e", "\u200b", "\u200c", "\u200d", "\u200e", "\u202a", "\u2060", "\u2064", "\ufeff",
+		"\U000e0001", "\U000e0020", // format characters
+		"\u115f", "\u1160", "\u2800", "\u3164", "\uffa0", // letters and a symbol that are drawn as nothing
+		" \u200b\u2800\t\u3164", strings.Repeat("\ufeff", 255),
+	}
+	for _, name := range blank {
+		body := fmt.Sprintf(`{"name":%s}`, quoted(name))
+		for _, call := range calls[:2] {
+			details := refused(t, a, 2, call.method, call.path, body)
+			if details["name"] == "" || len(details) != 1 {
+				t.Errorf("%s name %+q: got details %v, want the name", call.method, name, details)
+			}
+		}
+		harness.Equal(t, accepts(body), false, "openapi.yaml accepts the name %+q", name)
+	}
+	visible := []string{
+		"x", "0", "-", ".", "é", "日", "😀", "\u0301", " x ", "\u200bx", "x\ufeff", "\u2800.", "👩\u200d🔬", "\u1161", "\u2801",
+		"\u3165", "\uffa1", "\u180f\u1820",
+	}
+	for _, name := range visible {
+		body := fmt.Sprintf(`{"name":%s}`, quoted(name))
+		g := harness.Want[harness.Good](t, a, 200, "PATCH", calls[1].path, body)
+		harness.Equal(t, g.Name, name, "name")
+		harness.Equal(t, accepts(body), true, "openapi.yaml accepts the name %+q", name)
+	}
+	harness.Equal(t, w.Settled(t, 15*time.Second), 1+len(visible), "events")
+}
+
+// quoted is s as JSON in plain ASCII, as Python's json.dumps writes it: each character past U+FFFF is two escapes.
+func quoted(s string) string {
+	var b strings.Builder
+	for _, c := range s {
+		switch {
+		case c > 0xffff:
+			fmt.Fprintf(&b, `\u%04x\u%04x`, 0xd800+(c-0x10000)>>10, 0xdc00+(c-0x10000)&0x3ff)
+		case c < ' ' || c > '~' || c == '"' || c == '\\':
+			fmt.Fprintf(&b, `\u%04x`, c)
+		default:
+			b.WriteRune(c)
+		}
+	}
+	return `"` + b.String() + `"`
+}
+
+// The longest texts fit into a body however a client escapes them.
+func TestLargestBody(t *testing.T) {
+	w, a := started(t)
+	name, description := strings.Repeat("😀", 255), strings.Repeat("😀", 10_000)
+	body := fmt.Sprintf(`{"name": %s, "description": %s}`, quoted(name), quoted(description))
+	g := harness.Want[harness.Good](t, a, 201, "POST", create, body)
+	harness.Equal(t, g.Name+g.Description, name+description, "created")
+	const most = 128 << 10
+	padded := func(length int) string { return someName + strings.Repeat(" ", length-len(someName)) }
+	ok(t, a, "PATCH", calls[1].path, padded(most))
+	for _, call := range calls[:3] {
+		refused(t, a, 7, call.method, call.path, padded(most+1))
+	}
+	harness.Equal(t, w.Settled(t, 15*time.Second), 2, "events")
+}
+
+// send writes a request as it is, and returns the reply, or an error if none comes within limit.
+func send(t testing.TB, a *harness.App, request string, limit time.Duration) (status int, body string, err error) {
+	t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(a.URL, "http://"))
+	harness.Must(t, err)
+	defer conn.Close()
+	harness.Must(t, conn.SetDeadline(time.Now().Add(limit)))
+	_, err = io.WriteString(conn, request)
+	harness.Must(t, err)
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		return 0, "", err
+	}
+	text, _ := io.ReadAll(response.Body) // what there is of it
+	return response.StatusCode, string(text), nil
+}
+
+// A body that a call needs and that does not arrive is answered with an error that clients repeat; one that it does not
+// need is not waited for.
+func TestStalledBodies(t *testing.T) {
+	_, a := started(t)
+	a.Stock(t, 2)
+	requests := []string{"GET /healthz", "GET /readyz", "GET /metrics", "GET /openapi.yaml", "GET /nowhere"}
+	for _, call := range calls {
+		requests = append(requests, call.method+" "+call.path)
+	}
+	framings := []string{
+		"Content-Length: 12\r\n\r\n",
+		"Content-Length: 12\r\n\r\n{\"na",
+		"Transfer-Encoding: chunked\r\n\r\n4\r\n{\"na\r\n",
+	}
+	harness.Together(len(requests)*len(framings), func(i int) {
+		request := requests[i/len(framings)]
+		text := request + " HTTP/1.1\r\nHost: goods\r\n" + framings[i%len(framings)]
+		begin := time.Now()
+		status, body, err := send(t, a, text, 30*time.Second)
+		took := time.Since(begin)
+		if strings.HasPrefix(request, "GET") || strings.HasPrefix(request, "DELETE") {
+			if status == 0 || status == 408 || took > 2*time.Second {
+				t.Errorf("%q: got %d %.100s, %v after %v, want the reply at once", text, status, body, err, took)
+			}
+			return
+		}
+		var failure struct{ Code int }
+		_ = json.Unmarshal([]byte(body), &failure)
+		if status != 408 || failure.Code != 11 || took > 12*time.Second {
+			t.Errorf("%q: got %d %.100s, %v after %v, want 408 with code 11", text, status, body, err, took)
+		}
+	})
+}
