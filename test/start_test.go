@@ -2,12 +2,15 @@ package test
 
 import (
 	"bytes"
+	"fmt"
 	"net"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/gomodule/redigo/redis"
 
 	"goods/test/harness"
 )
@@ -26,7 +29,7 @@ func goods(t testing.TB, w *harness.World, args string, variables ...string) (st
 	cmd := w.Command(strings.Fields(args), variables...)
 	cmd.Stdout, cmd.Stderr = &out, &problem
 	harness.Must(t, cmd.Start())
-	defer time.AfterFunc(30*time.Second, func() { _ = cmd.Process.Kill() }).Stop()
+	defer time.AfterFunc(15*time.Second, func() { _ = cmd.Process.Kill() }).Stop()
 	success = cmd.Wait() == nil
 	return out.String(), problem.String(), success
 }
@@ -35,7 +38,8 @@ func TestCommands(t *testing.T) {
 	t.Parallel()
 	w := harness.NewWorld(t)
 	for command, want := range map[string]string{
-		"-h": everyVariable, "--help": everyVariable, "help": everyVariable + " :8080 localhost:5432 localhost:6379 localhost:4222 localhost:9000",
+		"-h": everyVariable, "--help": everyVariable,
+		"help":    everyVariable + " 127.0.0.1:8080 localhost:5432 localhost:6379 localhost:4222 localhost:9000",
 		"version": "goods (devel)", "-version": "goods (devel)", "--version": "goods (devel)",
 	} {
 		if out, stderr, success := goods(t, w, command, "HTTP_ADDR=nonsense"); !success || !has(out, want) {
@@ -54,10 +58,79 @@ func TestCommands(t *testing.T) {
 	_, port, err := net.SplitHostPort(strings.TrimPrefix(a.URL, "http://"))
 	harness.Must(t, err)
 	for _, host := range []string{"127.0.0.1", "localhost", "", "0.0.0.0", "[::]"} {
-		if _, stderr, success := goods(t, w, "healthcheck", "HTTP_ADDR="+host+":"+port); !success {
+		// It asks no proxy, which could only tell of another machine.
+		_, stderr, success := goods(t, w, "healthcheck", "HTTP_ADDR="+host+":"+port,
+			"HTTP_PROXY=http://127.0.0.1:1", "http_proxy=http://127.0.0.1:1")
+		if !success {
 			t.Errorf("healthcheck of %s:%s: %s", host, port, stderr)
 		}
 	}
+}
+
+// The service trusts every caller, so only this machine's can reach it unless it is told otherwise.
+func TestDefaultAddress(t *testing.T) {
+	t.Parallel()
+	w := harness.NewWorld(t)
+	a := w.Launch(t, "HTTP_ADDR=")
+	harness.Eventually(t, 30*time.Second, func() error {
+		log := a.Log() // the second one where another program has the port
+		if has(log, `"msg":"listening","addr":"127.0.0.1:8080"`) || has(log, "HTTP_ADDR 127.0.0.1:8080 already in use") {
+			return nil
+		}
+		return fmt.Errorf("got %s, want it to listen on 127.0.0.1:8080", log)
+	})
+}
+
+// URLs that are right are used as they say.
+func TestURLs(t *testing.T) {
+	t.Parallel()
+	w := harness.NewWorld(t)
+	https, err := net.Listen("tcp", "127.0.0.1:0")
+	harness.Must(t, err)
+	defer https.Close()
+	first := make(chan byte, 1)
+	go func() {
+		c, err := https.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		b := make([]byte, 1)
+		_, _ = c.Read(b)
+		first <- b[0]
+	}()
+	a := w.Start(t, "CLICKHOUSE_URL=https://"+https.Addr().String()+"/db")
+	select {
+	case b := <-first:
+		harness.Equal(t, b, 0x16, "the first byte that https:// sends, which begins a TLS handshake")
+	case <-time.After(15 * time.Second):
+		t.Error("https:// does not connect")
+	}
+	harness.Must(t, a.Stop())
+
+	for _, value := range []string{
+		"clickhouse://[::1]:9000/db", "http://[::1]:8123/db", "https://user:a%2Fb@clickhouse.invalid:8443/db?secure=true",
+		"clickhouse://[::1]:9000,clickhouse.invalid:9000/db?dial_timeout=1s",
+	} {
+		harness.Must(t, w.Start(t, "CLICKHOUSE_URL="+value).Stop())
+	}
+
+	// A number of a database in the query is used, or refused: another application has number 0.
+	value := strings.TrimSuffix(w.Env["REDIS_URL"], "/0") + "?db=2"
+	if _, stderr, success := goods(t, w, "migrate postgres", "REDIS_URL="+value); !success {
+		harness.Equal(t, has(stderr, "REDIS_URL"), true, "%s names the variable", stderr)
+		return
+	}
+	a = w.Start(t, "REDIS_URL="+value)
+	a.Create(t, "one")
+	a.List(t, 1, 1)
+	conn, err := redis.DialURL(w.Env["REDIS_URL"], redis.DialDatabase(2))
+	harness.Must(t, err)
+	defer conn.Close()
+	harness.AwaitEqual(t, 15*time.Second, func() int {
+		keys, _ := redis.Strings(conn.Do("KEYS", w.Namespace+":*"))
+		return len(keys)
+	}, 1, "keys in database 2")
 }
 
 // Whatever keeps goods from working is one line that says what to change.
@@ -70,6 +143,12 @@ func TestFailuresAtStart(t *testing.T) {
 	address := taken.Addr().String()
 	stranger := "POSTGRES_URL=" + withUser(t, w.Env["POSTGRES_URL"], "nobody")
 	const role = `password authentication failed for user "nobody"`
+	ascii := strings.ReplaceAll(w.Namespace, "-", "_") + "_ascii"
+	w.Exec(t, `CREATE DATABASE `+ascii+` TEMPLATE template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'`)
+	t.Cleanup(func() { w.Exec(t, `DROP DATABASE `+ascii+` WITH (FORCE)`) })
+	asciiURL := harness.WithPath(t, w.Env["POSTGRES_URL"], ascii)
+	withoutQuery, _, _ := strings.Cut(w.Env["POSTGRES_URL"], "?")
+	postgres := "POSTGRES_URL=" + withoutQuery + "?connect_timeout=5"
 	for _, test := range []struct{ args, variables, want string }{
 		{"serve", "", `unknown command "serve": see goods -h`},
 		{"migrate", "", `unknown command "migrate"`},
@@ -83,11 +162,27 @@ func TestFailuresAtStart(t *testing.T) {
 		{"", "POSTGRES_URL=" + harness.WithPath(t, w.Env["POSTGRES_URL"], "nowhere"), `POSTGRES_URL: "nowhere" does not exist`},
 		{"healthcheck", "HTTP_ADDR=127.0.0.1:1", "127.0.0.1:1 connection refused"},
 		{"healthcheck", "HTTP_ADDR=" + address, address},
+		// What Postgres or its driver refuses will not change by waiting.
+		{"", "POSTGRES_URL=" + asciiURL, "POSTGRES_URL UTF8"},
+		{"migrate postgres", "POSTGRES_URL=" + asciiURL, "POSTGRES_URL UTF8"},
+		{"", postgres + "&nonsense=1", `POSTGRES_URL unrecognized configuration parameter "nonsense"`},
+		{"", postgres + "&TimeZone=Nowhere/Land", `POSTGRES_URL invalid value "TimeZone" "Nowhere/Land"`},
+		{"", postgres + "&sslmode=verify-full&sslrootcert=/nowhere.pem", "POSTGRES_URL /nowhere.pem"},
+		{"", postgres + "&sslmode=require", "POSTGRES_URL SSL"},
+		{"", "PGSSLMODE=bogus POSTGRES_URL=" + withoutQuery, "PGSSLMODE"},
+		{"", "PGCONNECT_TIMEOUT=bogus", "PGCONNECT_TIMEOUT"},
+		{"migrate postgres", "PGTARGETSESSIONATTRS=bogus", "PGTARGETSESSIONATTRS"},
+		{"", "PGSSLROOTCERT=/nowhere.pem POSTGRES_URL=" + withoutQuery + "?sslmode=verify-ca", "/nowhere.pem"},
 	} {
+		begin := time.Now()
 		_, stderr, success := goods(t, w, test.args, strings.Fields(test.variables)...)
+		if took := time.Since(begin); took > 10*time.Second {
+			t.Errorf("goods %s with %s ended after %v", test.args, test.variables, took)
+		}
 		oneLine := strings.HasPrefix(stderr, "goods: ") && strings.Count(stderr, "\n") == 1
 		if success || !oneLine || !has(stderr, test.want) || strings.Contains(stderr, secret) {
-			t.Errorf("goods %s with %s: got success %v and %q, want one line with %s", test.args, test.variables, success, stderr, test.want)
+			t.Errorf("goods %s with %s: got success %v and %q, want one line with %s",
+				test.args, test.variables, success, stderr, test.want)
 		}
 	}
 }
