@@ -15,12 +15,13 @@
 #   env                   print the servers' URLs as shell exports
 #   clean                 stop all and delete their data
 #
-# servers: postgres redis nats clickhouse (default: all)
+# servers: postgres redis nats clickhouse (default: these four)
+#          standby, a hot standby that streams from a postgres which runs; only when named
 #
 #   SERVERS_DIR   data, logs (NAME.log) and pid files (NAME.pid)   /var/tmp/goods-servers
 #   SERVERS_PORT  the first of seven ports: postgres, redis,       15430
 #                 nats, clickhouse native, clickhouse HTTP,
-#                 one not used, nats monitoring
+#                 standby, nats monitoring
 set -euo pipefail
 
 readonly all=(postgres redis nats clickhouse)
@@ -44,9 +45,10 @@ dir=$(realpath -ms -- "$dir")
     die "SERVERS_PORT=$base: must be a number from 1024 to 65529"
 
 # The first port of each is the one in its URL.
-declare -A ports=([postgres]=$base [redis]=$((base + 1)) [nats]="$((base + 2)) $((base + 6))"
+declare -A ports=([postgres]=$base [standby]=$((base + 5)) [redis]=$((base + 1)) [nats]="$((base + 2)) $((base + 6))"
     [clickhouse]="$((base + 3)) $((base + 4))")
 declare -A url=([postgres]="postgres://goods:goods@127.0.0.1:$base/goods?sslmode=disable"
+    [standby]="postgres://goods:goods@127.0.0.1:$((base + 5))/goods?sslmode=disable"
     [redis]="redis://127.0.0.1:$((base + 1))/0" [nats]="nats://127.0.0.1:$((base + 2))"
     [clickhouse]="clickhouse://127.0.0.1:$((base + 3))/default")
 
@@ -67,7 +69,7 @@ missing() {
     local name
     for name; do
         case $name in
-        postgres) postgres_bin >/dev/null || echo postgresql ;;
+        postgres | standby) postgres_bin >/dev/null || echo postgresql ;;
         *) command -v "$name-server" >/dev/null || echo "$name-server" ;;
         esac
     done
@@ -133,9 +135,9 @@ pid_of() {
 signal() {
     local pids process
     mapfile -t pids < <(pid_of "$1")
-    if [[ $1 == postgres ]]; then
+    if [[ $1 == postgres || $1 == standby ]]; then
         for process in /proc/[0-9]*; do
-            [[ ! $process/cwd -ef $dir/postgres ]] || pids+=("${process#/proc/}")
+            [[ ! $process/cwd -ef $dir/$1 ]] || pids+=("${process#/proc/}")
         done
     fi
     ((${#pids[@]} == 0)) || kill -s "$2" "${pids[@]}" 2>/dev/null || true
@@ -170,13 +172,33 @@ run_postgres() {
             >>"$dir/postgres.log" 2>&1 || return
         mv "$data.new" "$data"
     fi
+    launch_postgres postgres
+}
+
+# launch_postgres launches server $1, postgres or standby, on the data that it has.
+launch_postgres() {
     # Left of a killed server: children that hold its shared memory, and a lock file whose number may be
     # another process by now. Both would keep the new one from starting.
-    signal postgres KILL
-    rm -f "$data/postmaster.pid"
+    signal "$1" KILL
+    rm -f "$dir/$1/postmaster.pid"
     # In arguments rather than in postgresql.conf, so that the same data can move to other ports.
-    launch postgres "${as_postgres[@]}" "$bin/postgres" -D "$data" -h 127.0.0.1 -p "$base" \
+    launch "$1" "${as_postgres[@]}" "$(postgres_bin)/postgres" -D "$dir/$1" -h 127.0.0.1 -p "${ports[$1]}" \
         -c unix_socket_directories= -c max_connections=200
+}
+
+run_standby() {
+    local data=$dir/standby
+    if [[ ! -d $data ]]; then
+        rm -rf "$data.new"
+        mkdir -m 700 "$data.new"
+        ((EUID != 0)) || chown postgres:postgres "$data.new"
+        # The slot keeps what the standby has not received yet, however long it is away.
+        "${as_postgres[@]}" "$(postgres_bin)/pg_basebackup" --pgdata="$data.new" --checkpoint=fast --no-sync \
+            --wal-method=stream --create-slot --slot=standby --write-recovery-conf \
+            --dbname="${url[postgres]}&application_name=standby" >>"$dir/standby.log" 2>&1 || return
+        mv "$data.new" "$data"
+    fi
+    launch_postgres standby
 }
 
 run_redis() {
@@ -232,7 +254,7 @@ ask() {
 # answers tells whether server $1 is ready for work, not only listening.
 answers() {
     case $1 in
-    postgres) "$(postgres_bin)/pg_isready" -q -h 127.0.0.1 -p "$base" -t 2 ;;
+    postgres | standby) "$(postgres_bin)/pg_isready" -q -h 127.0.0.1 -p "${ports[$1]}" -t 2 ;;
     redis) [[ $(ask $((base + 1)) 'PING\r\nQUIT\r\n') == +PONG* ]] ;;
     nats) [[ $(ask $((base + 6)) 'GET /healthz HTTP/1.0\r\n\r\n') == *'"ok"'* ]] && ask $((base + 2)) ;;
     clickhouse) [[ $(ask $((base + 4)) 'GET /ping HTTP/1.0\r\n\r\n') == *' 200 OK'* ]] && ask $((base + 3)) ;;
@@ -251,8 +273,8 @@ start_server() {
             die "$name: runs here for SERVERS_PORT=$(<"$dir/.$name.base"); stop it first, or choose another SERVERS_DIR"
         signal "$name" CONT
     else
-        [[ $name != postgres ]] || "${as_postgres[@]}" test -x "$dir" ||
-            die "postgres: user postgres cannot enter $dir; choose another folder with SERVERS_DIR"
+        [[ $name != postgres && $name != standby ]] || "${as_postgres[@]}" test -x "$dir" ||
+            die "$name: user postgres cannot enter $dir; choose another folder with SERVERS_DIR"
         for port in ${ports[$name]}; do
             # A killed server's port may stay open for an instant longer than its process.
             ! ask "$port" || { sleep 0.5 && ! ask "$port"; } ||
@@ -273,7 +295,7 @@ start_server() {
 stop_server() {
     local name=$1 pid signal=TERM began=$SECONDS
     if pid=$(pid_of "$name"); then
-        [[ $name != postgres ]] || signal=INT # TERM waits until the last client has gone
+        [[ $name != postgres && $name != standby ]] || signal=INT # TERM waits until the last client has gone
         kill -s $signal "$pid" || die "$name: not allowed to stop it"
         signal "$name" CONT # a paused process takes its signals only then
         while pid_of "$name" >/dev/null; do
@@ -324,7 +346,7 @@ fi
 servers=("${@:2}")
 (($# > 1)) || servers=("${all[@]}")
 for name in "${servers[@]}"; do
-    [[ " ${all[*]} " == *" $name "* ]] || die "$name: no such server; there are ${all[*]}"
+    [[ " ${all[*]} standby " == *" $name "* ]] || die "$name: no such server; there are ${all[*]} standby"
 done
 case $command in
 start)
@@ -351,7 +373,7 @@ status)
 env) for name in "${servers[@]}"; do echo "export ${name^^}_URL='${url[$name]}'"; done ;;
 clean)
     ours || die "$dir was not made by this script; nothing deleted"
-    each stop_server "${all[@]}"
+    each stop_server "${all[@]}" standby
     rm -rf --one-file-system "$dir"
     ;;
 *)
