@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -32,11 +33,13 @@ const (
 type fault struct {
 	name     string
 	through  string         // the server that the service reaches through scene.proxy
+	standby  string         // a Postgres beside the first, "synchronous" or "asynchronous"; the fault needs servers of its own
 	twoHosts bool           // that server is also there directly, as the second host of its URL
 	replicas int            // of the service; 0 is one
 	during   func(s *scene) // begins and ends the fault
 	postgres bool           // is away: clients may see 503, and wait for up to callWithin
 	kills    bool           // the service: requests may stay unanswered
+	loses    bool           // answered writes: Postgres is then the truth, whatever clients were told
 	recovers time.Duration  // until the service works again; 0 is recoversWithin
 }
 
@@ -45,6 +48,7 @@ type scene struct {
 	testing.TB
 	*harness.World
 	servers *harness.Servers
+	standby *harness.Standby
 	proxy   *harness.Proxy
 	apps    []*harness.App
 	load    *load
@@ -95,7 +99,14 @@ func (f fault) run(t testing.TB, own *harness.Servers) string {
 	}
 	s.DB.SetMaxIdleConns(0) // none may be left over from a server that has gone
 	s.DB.SetMaxIdleConns(2)
-	events := s.Settled(t, time.Minute)
+	var events int
+	if f.loses {
+		var lost int
+		events, lost = s.SettledAfterLoss(t, time.Minute)
+		t.Logf("ClickHouse has %d events of what Postgres has lost", lost)
+	} else {
+		events = s.Settled(t, time.Minute)
+	}
 	drained := time.Since(stopped)
 	s.load.verify(s)
 	if s.apps[0] == first {
@@ -144,7 +155,13 @@ func (s *scene) recovery(limit time.Duration) (took time.Duration) {
 // scene prepares a world and its service.
 func (f fault) scene(t testing.TB, own *harness.Servers) *scene {
 	t.Helper()
-	s := &scene{TB: t, World: harness.NewWorld(t, own.URLs...), servers: own}
+	s := &scene{TB: t, servers: own}
+	urls := own.URLs
+	if f.standby != "" {
+		s.standby = harness.NewStandby(t, own, f.standby == "synchronous")
+		urls = append(slices.Clone(urls), "POSTGRES_URL="+s.standby.BothURL)
+	}
+	s.World = harness.NewWorld(t, urls...)
 	s.Env["EVENTS_BATCH"] = "50" // by fives, the queues would drain for most of the test's time
 	s.Env["GOGC"] = "50"         // so that garbage does not pass for a leak
 	if f.through != "" {
@@ -225,7 +242,13 @@ func soak(t *testing.T, lasts time.Duration) {
 	for begin := time.Now(); time.Since(begin) < lasts && !t.Failed(); {
 		l := lanes[rand.N(len(lanes))]
 		f := l.faults[rand.N(len(l.faults))]
-		t.Run(f.name, func(t *testing.T) { table += f.run(t, own) })
+		t.Run(f.name, func(t *testing.T) {
+			servers := own
+			if f.standby != "" {
+				servers = harness.NewServers(t, strings.Fields(l.breaks)...)
+			}
+			table += f.run(t, servers)
+		})
 	}
 	t.Log(table)
 }

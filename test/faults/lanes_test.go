@@ -31,6 +31,19 @@ var lanes = []struct {
 		{name: "first of two Postgres hosts frozen", through: "postgres", twoHosts: true, during: firstHostFrozen, postgres: true},
 		{name: "Postgres frozen, one of two services stopped", replicas: 2, during: stoppedWhileFrozen, postgres: true},
 	}},
+	{"failover", "postgres", []fault{
+		{name: "Postgres killed, synchronous standby promoted", standby: "synchronous", replicas: 2, during: promoted, postgres: true},
+	}},
+	{"switch-over", "postgres", []fault{
+		{name: "Postgres stopped, asynchronous standby promoted", standby: "asynchronous", replicas: 2, during: switchedOver, postgres: true},
+	}},
+	{"commits lost", "postgres clickhouse", []fault{
+		{name: "Postgres killed, standby without its last commits promoted", standby: "asynchronous", replicas: 2,
+			during: commitsLost, postgres: true, loses: true},
+	}},
+	{"standby lost", "postgres", []fault{
+		{name: "synchronous standby killed", standby: "synchronous", replicas: 2, during: standbyLost, postgres: true},
+	}},
 	{"sigterm", "", []fault{
 		{name: "fifty SIGTERMs under new connections", replicas: 2, during: terminated},
 		{name: "services restarted in turn with SIGTERM", replicas: 2, during: rolled},

@@ -34,7 +34,8 @@ type load struct {
 
 	apps  atomic.Pointer[[]*harness.App] // that a balancer would choose from
 	ended atomic.Bool
-	stop  func() // ends it, and waits for the last answer
+	void  atomic.Bool // Postgres may lose what was answered: nothing that clients know holds
+	stop  func()      // ends it, and waits for the last answer
 
 	asked, created   atomic.Int64 // creates begun, and answered; the goods of the beginning among both
 	leaving, removed atomic.Int64 // removes begun, and answered
@@ -57,7 +58,8 @@ func good(status int) bool { return status == 200 || status == 201 }
 
 type worker struct {
 	*load
-	units []*unit // the first is its region, of goods that move; the others are one good each
+	written int     // numbers its names
+	units   []*unit // the first is its region, of goods that move; the others are one good each
 }
 
 // unit is goods at places in a row, which one worker writes.
@@ -76,19 +78,61 @@ INSERT INTO goods (project_id, name, description)
 SELECT 1, n, n FROM generate_series(1, %d) AS n`, workers*region))
 	l.asked.Store(workers * region)
 	l.created.Store(workers * region)
-	var running sync.WaitGroup
 	for place := 1; place < workers*region; place += region {
 		goods := s.apps[0].List(s, region, place).Goods
 		w := &worker{load: l, units: []*unit{{place: place, possible: [][]harness.Good{goods}}}}
 		l.workers = append(l.workers, w)
+	}
+	l.start()
+	s.Cleanup(func() { l.stop() })
+	return l
+}
+
+func (l *load) start() {
+	l.ended.Store(false)
+	var running sync.WaitGroup
+	for _, w := range l.workers {
 		running.Go(w.run)
 	}
 	l.stop = func() {
 		l.ended.Store(true)
 		running.Wait()
 	}
-	s.Cleanup(l.stop)
-	return l
+}
+
+// forget has the clients, which have stopped, take what Postgres holds for what was answered, and go on.
+func (l *load) forget(s *scene) {
+	stored, keys := s.stored()
+	l.keys = keys
+	removed := 0
+	for _, g := range stored {
+		if g.Removed {
+			removed++
+		}
+	}
+	l.asked.Store(int64(len(stored)))
+	l.created.Store(int64(len(stored)))
+	l.leaving.Store(int64(removed))
+	l.removed.Store(int64(removed))
+	for _, w := range l.workers {
+		var kept []*unit
+		for _, u := range w.units {
+			first, end := u.place-1, u.place-1+len(u.possible[0])
+			if end <= len(stored) {
+				kept = append(kept, &unit{place: u.place, possible: [][]harness.Good{stored[first:end]}})
+			}
+		}
+		w.units = kept
+	}
+	l.void.Store(false)
+	l.start()
+}
+
+// Errorf fails the test, unless what the clients know is void.
+func (l *load) Errorf(format string, args ...any) {
+	if !l.void.Load() {
+		l.TB.Errorf(format, args...)
+	}
 }
 
 // aim chooses the replicas that get requests from now on.
@@ -114,9 +158,10 @@ func (l *load) call(method, name, query, body string, v any, header ...string) i
 
 func text(s string) string { return fmt.Sprintf(`{"name":%q,"description":%[1]q}`, s) }
 
-// create makes the good with this key, which is its text, too. It repeats the request until that is answered.
+// create makes the good with this key, which is its text, too. It repeats the request until that is answered, or the
+// load is void.
 func (l *load) create(key string) (g harness.Good, status, tries int) {
-	for ; !good(status) && tries < 1000; tries++ {
+	for ; !good(status) && tries < 1000 && !l.void.Load(); tries++ {
 		if tries > 0 {
 			<-time.After(pace / 4)
 		}
@@ -138,8 +183,9 @@ func (l *load) create(key string) (g harness.Good, status, tries int) {
 
 func (w *worker) run() {
 	tick := time.Tick(pace)
-	for n := 1; !w.ended.Load(); n++ {
-		name := fmt.Sprintf("w%d-%d", w.units[0].place, n) // that nothing else has
+	for !w.ended.Load() && !w.void.Load() {
+		w.written++
+		name := fmt.Sprintf("w%d-%d", w.units[0].place, w.written) // that nothing else has
 		u := w.units[rand.N(len(w.units))]
 		free := len(u.possible) == 1 && !u.possible[0][0].Removed
 		switch choice := rand.N(10); {
@@ -285,19 +331,23 @@ func (l *load) works(then time.Time) (failed time.Time, err error) {
 
 // verify compares every answer with what Postgres holds now. The load must have stopped.
 func (l *load) verify(s *scene) {
-	var stored []harness.Good
-	harness.Must(s, json.Unmarshal(harness.One[[]byte](s, s.World, `
-SELECT json_agg(json_build_object('id', id, 'projectId', project_id, 'name', name, 'description', description,
-	'priority', priority, 'removed', removed,
-	'createdAt', to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')) ORDER BY priority)
-FROM goods`), &stored))
-	var keys map[string]int
-	harness.Must(s, json.Unmarshal(harness.One[[]byte](s, s.World, `
-SELECT json_object_agg(idempotency_key, id) FROM goods WHERE idempotency_key IS NOT NULL`), &keys))
+	stored, keys := s.stored()
 	if !maps.Equal(keys, l.keys) || len(stored) != workers*region+len(keys) {
 		s.Errorf("Postgres has %d goods, those of keys are %v, answered were %v", len(stored), keys, l.keys)
 	}
 	for _, w := range l.workers {
 		w.check(stored, 1, time.Now())
 	}
+}
+
+// stored returns the goods that Postgres holds, in order, and the ids by their keys.
+func (s *scene) stored() (goods []harness.Good, keys map[string]int) {
+	harness.Must(s, json.Unmarshal(harness.One[[]byte](s, s.World, `
+SELECT json_agg(json_build_object('id', id, 'projectId', project_id, 'name', name, 'description', description,
+	'priority', priority, 'removed', removed,
+	'createdAt', to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')) ORDER BY priority)
+FROM goods`), &goods))
+	harness.Must(s, json.Unmarshal(harness.One[[]byte](s, s.World, `
+SELECT coalesce(json_object_agg(idempotency_key, id), '{}') FROM goods WHERE idempotency_key IS NOT NULL`), &keys))
+	return goods, keys
 }

@@ -17,6 +17,24 @@ import (
 // events.
 func (w *World) Settled(t testing.TB, limit time.Duration) int {
 	t.Helper()
+	events, known := w.settledEvents(t, limit)
+	Equal(t, len(events), known, "distinct events in ClickHouse")
+	w.checkRedis(t, events)
+	return len(events)
+}
+
+// SettledAfterLoss is Settled for a Postgres that has lost commits. ClickHouse may also have events that Postgres knows
+// nothing of, and Redis goods of theirs. It returns the number of events, and how many of them are such.
+func (w *World) SettledAfterLoss(t testing.TB, limit time.Duration) (events, lost int) {
+	t.Helper()
+	all, known := w.settledEvents(t, limit)
+	return len(all), len(all) - known
+}
+
+// settledEvents waits until the outbox is empty, and checks what must hold then of Postgres and ClickHouse. It returns the
+// distinct events in ClickHouse, as the text of the good by "id:version", and how many versions Postgres knows of.
+func (w *World) settledEvents(t testing.TB, limit time.Duration) (events map[string]string, known int) {
+	t.Helper()
 	AwaitEqual(t, limit, func() int { return One[int](t, w, `SELECT count(*) FROM outbox`) }, 0, "events in the outbox")
 	const counted = `
 SELECT concat_ws(' ', count(*), count(*) FILTER (WHERE removed), count(*) FILTER (WHERE priority <> position))
@@ -34,26 +52,29 @@ FROM goods`
 SELECT groupArray(concat(toString(Id), ':', toString(Version), '|',
     toString(ProjectId), '|', Name, '|', Description, '|', toString(Priority), '|', toString(Removed)))
 FROM goods_log FINAL`).Scan(&logged))
-	events := map[string]string{} // the same of every version
+	events = map[string]string{} // the same of every version
 	for _, event := range logged {
 		version, text, _ := strings.Cut(event, "|")
 		events[version] = text
 	}
 
-	expected := 0
 	for latest, text := range stored {
 		Equal(t, events[latest], text, "the event %s", latest)
 		id, version, _ := strings.Cut(latest, ":")
 		last, _ := strconv.Atoi(version)
-		expected += last
+		known += last
 		for n := range last {
 			if _, ok := events[fmt.Sprint(id, ":", n+1)]; !ok {
 				t.Errorf("ClickHouse has no version %d of good %s", n+1, id)
 			}
 		}
 	}
-	Equal(t, len(events), expected, "distinct events in ClickHouse")
+	return events, known
+}
 
+// checkRedis compares every good in Redis with the event of its version.
+func (w *World) checkRedis(t testing.TB, events map[string]string) {
+	t.Helper()
 	keys, err := redis.Strings(w.Redis(t, "KEYS", w.Namespace+":*:*:*"), nil)
 	Must(t, err)
 	for _, key := range keys {
@@ -68,5 +89,4 @@ FROM goods_log FINAL`).Scan(&logged))
 		made := One[time.Time](t, w, fmt.Sprint(`SELECT created_at FROM goods WHERE id = `, g.ID))
 		Equal(t, g.CreatedAt.Equal(made), true, "%s in Redis is as old as in Postgres", key)
 	}
-	return len(events)
 }

@@ -15,7 +15,8 @@ import (
 type Standby struct {
 	URL     string // of the standby alone, which only reads until Promote
 	BothURL string // of the primary, then the standby, whichever of them takes writes
-	db      *sql.DB
+
+	db, primary *sql.DB
 }
 
 // NewStandby starts a standby of the Postgres that servers have, and waits until it streams. If it is synchronous, the
@@ -36,11 +37,13 @@ func NewStandby(t testing.TB, servers *Servers, synchronous bool) *Standby {
 	s := &Standby{URL: standby.String(), BothURL: both.String()}
 	s.db, err = sql.Open("postgres", s.URL)
 	Must(t, err)
-	t.Cleanup(func() { s.db.Close() })
-
-	db, err := sql.Open("postgres", primary.String())
+	s.primary, err = sql.Open("postgres", primary.String())
 	Must(t, err)
-	defer db.Close()
+	t.Cleanup(func() {
+		s.db.Close()
+		s.primary.Close()
+	})
+
 	state := "async"
 	if synchronous {
 		state = "sync"
@@ -48,16 +51,27 @@ func NewStandby(t testing.TB, servers *Servers, synchronous bool) *Standby {
 			`ALTER SYSTEM SET synchronous_standby_names = standby`,
 			`SELECT pg_reload_conf()`,
 		} {
-			_, err = db.Exec(statement)
+			_, err = s.primary.Exec(statement)
 			Must(t, err)
 		}
 	}
 	AwaitEqual(t, 10*time.Second, func() string {
 		var now string
-		_ = db.QueryRow(`SELECT concat_ws(' ', state, sync_state) FROM pg_stat_replication`).Scan(&now)
+		_ = s.primary.QueryRow(`SELECT concat_ws(' ', state, sync_state) FROM pg_stat_replication`).Scan(&now)
 		return now
 	}, "streaming "+state, "state of the standby")
 	return s
+}
+
+// CatchUp waits until the standby shows everything that the primary has committed by now.
+func (s *Standby) CatchUp(t testing.TB) {
+	t.Helper()
+	var committed string
+	Must(t, s.primary.QueryRow(`SELECT pg_current_wal_lsn()`).Scan(&committed))
+	AwaitEqual(t, 10*time.Second, func() (shown bool) {
+		_ = s.db.QueryRow(`SELECT pg_last_wal_replay_lsn() >= $1`, committed).Scan(&shown)
+		return shown
+	}, true, "standby shows what was committed up to %s", committed)
 }
 
 // Promote makes the standby a primary. It does not stop the old one.
