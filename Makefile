@@ -96,10 +96,12 @@ test: ## run the tests with the race detector; TESTFLAGS='-run Name -v'
 
 # Without the race detector: its price would hide what clients see.
 faults: ## break every server, and the service, under load; prints what clients saw
-	$(contained) $(servers) cd test; go test -count=1 -timeout=15m -v $(TESTFLAGS) ./faults
+	$(contained) $(servers) scripts/servers.sh install nginx haproxy; \
+	cd test; go test -count=1 -timeout=15m -v $(TESTFLAGS) ./faults
 
 soak: ## break servers at random under load, for MINUTES=5
-	$(contained) $(servers) cd test; MINUTES=$(MINUTES) go test -count=1 -timeout=0 -v $(TESTFLAGS) ./faults
+	$(contained) $(servers) scripts/servers.sh install nginx haproxy; \
+	cd test; MINUTES=$(MINUTES) go test -count=1 -timeout=0 -v $(TESTFLAGS) ./faults
 
 bench: ## measure throughput and latency; BENCH='lists writes' picks parts, DOCS=1 also writes docs/benchmarks.md
 	$(contained) $(servers) scripts/servers.sh install wrk; cd test; go test -count=1 -timeout=30m -v $(TESTFLAGS) ./bench

@@ -48,6 +48,10 @@ var lanes = []struct {
 		{name: "fifty SIGTERMs under new connections", replicas: 2, during: terminated},
 		{name: "services restarted in turn with SIGTERM", replicas: 2, during: rolled},
 	}},
+	{"balancers", "", []fault{
+		{name: "services behind nginx restarted in turn", replicas: 2, during: rolledBehind("nginx")},
+		{name: "services behind HAProxy restarted in turn", replicas: 2, during: rolledBehind("haproxy")},
+	}},
 	{"wire", "", []fault{
 		{name: "replies of Postgres torn", through: "postgres", during: spoiled(torn(50, "")), postgres: true},
 		{name: "commits of Postgres unheard", through: "postgres", during: spoiled(torn(4, "COMMIT\x00")), postgres: true},

@@ -47,7 +47,11 @@ type App struct {
 	t       testing.TB
 	log     string // a file
 	checked bool
+	client  *http.Client // Client, if nil
 }
+
+// Host is where the service listens.
+func (a *App) Host() string { return strings.TrimPrefix(a.URL, "http://") }
 
 // Command returns goods with these arguments, in the service's environment as changed by overrides.
 func (w *World) Command(args []string, overrides ...string) *exec.Cmd {
@@ -156,7 +160,7 @@ func (a *App) Try(method, path, body string, header ...string) (r Reply, err err
 		name, value, _ := strings.Cut(line, ": ")
 		request.Header[name] = append(request.Header[name], value)
 	}
-	response, err := Client.Do(request)
+	response, err := cmp.Or(a.client, Client).Do(request)
 	if err != nil {
 		return r, err
 	}
