@@ -177,13 +177,32 @@ func (v variable) fault() string {
 	return text
 }
 
+// checkURL returns an error unless value has one of these schemes and could be a URL. An @ after the host is a sign of
+// a password with a special character, which has cut the user and the password off.
+func checkURL(value string, schemes ...string) error {
+	scheme, rest, _ := strings.Cut(value, "://")
+	if !slices.Contains(schemes, scheme) || strings.Contains(rest, "#") {
+		return errUnfit
+	}
+	end := strings.IndexAny(rest, "/?")
+	if end < 0 {
+		return nil
+	}
+	_, query, _ := strings.Cut(rest[end:], "?")
+	_, err := url.ParseQuery(query)
+	if err != nil || strings.Contains(rest[end:], "@") {
+		return errUnfit
+	}
+	return nil
+}
+
 func checkPostgresURL(value string) error {
+	if err := checkURL(value, "postgres", "postgresql"); err != nil {
+		return err
+	}
 	u, err := url.Parse(value)
 	if err != nil {
 		return err
-	}
-	if !slices.Contains([]string{"postgres", "postgresql"}, u.Scheme) {
-		return errUnfit
 	}
 	if strings.Contains(u.Hostname(), ",") && strings.Contains(u.Hostname(), ":") {
 		return errUnfit // lib/pq would take all but the last port for a part of the host
@@ -196,13 +215,14 @@ func checkPostgresURL(value string) error {
 var errNotDialled = errors.New("not dialled")
 
 func checkRedisURL(value string) error {
+	if err := checkURL(value, "redis", "rediss"); err != nil {
+		return err
+	}
 	u, err := url.Parse(value)
 	if err != nil {
 		return err
 	}
-	// redigo would ignore a query, such as ?db=2, and guess a host.
-	known := slices.Contains([]string{"redis", "rediss"}, u.Scheme)
-	if !known || u.RawQuery != "" || u.Fragment != "" || !hostFits(u) {
+	if u.RawQuery != "" || !hostFits(u) { // redigo would ignore a query, such as ?db=2, and guess a host
 		return errUnfit
 	}
 	refuse := func(string, string) (net.Conn, error) { return nil, errNotDialled }
@@ -215,12 +235,15 @@ func checkRedisURL(value string) error {
 
 func checkNATSURL(value string) error {
 	for server := range strings.SplitSeq(value, ",") {
-		u, err := url.Parse(strings.TrimSpace(server))
+		server = strings.TrimSpace(server)
+		if err := checkURL(server, "nats", "tls"); err != nil {
+			return err
+		}
+		u, err := url.Parse(server)
 		if err != nil {
 			return err
 		}
-		path := strings.Trim(u.Path, "/")
-		if !slices.Contains([]string{"nats", "tls"}, u.Scheme) || path != "" || u.RawQuery != "" || !hostFits(u) {
+		if strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || !hostFits(u) {
 			return errUnfit
 		}
 	}
@@ -229,7 +252,7 @@ func checkNATSURL(value string) error {
 
 // hostFits reports whether a URL has a host, and if it has a port, one that there is.
 func hostFits(u *url.URL) bool {
-	if u.Hostname() == "" {
+	if u.Hostname() == "" || strings.Contains(u.Host, ",") {
 		return false
 	}
 	if u.Port() == "" {
@@ -240,11 +263,10 @@ func hostFits(u *url.URL) bool {
 }
 
 func readClickHouseURL(c *config, value string) error {
-	scheme, _, _ := strings.Cut(value, "://")
-	if !slices.Contains([]string{"clickhouse", "http", "https"}, scheme) {
-		return errUnfit
+	if err := checkURL(value, "clickhouse", "http", "https"); err != nil {
+		return err
 	}
-	if scheme == "https" && !strings.Contains(value, "secure=") {
+	if strings.HasPrefix(value, "https:") && !strings.Contains(value, "secure=") {
 		separator := "?"
 		if strings.Contains(value, "?") {
 			separator = "&"

@@ -283,10 +283,6 @@ func (a *api) adapt(metrics *routeMetrics, h handler) http.Handler {
 		if a.closing.Load() {
 			w.Header().Set("Connection", "close") // the next request would find nobody
 		}
-		if r.ContentLength != 0 && (r.Method == "GET" || r.Method == "HEAD" || r.Method == "DELETE") {
-			// The body is ignored, but by default the reply would wait for it.
-			_ = http.NewResponseController(w).EnableFullDuplex()
-		}
 		reply, err := a.serve(h, w, r)
 		if reply.release != nil {
 			defer reply.release()
@@ -330,6 +326,9 @@ func (a *api) serve(h handler, w http.ResponseWriter, r *http.Request) (answer r
 	}()
 	if a.origins.Check(r) != nil {
 		return reply{}, errCrossOrigin
+	}
+	if r.ContentLength != 0 && (r.Method == "GET" || r.Method == "HEAD" || r.Method == "DELETE") {
+		ignoreBody(w, r)
 	}
 	answer, err = h(w, r)
 	if err == nil && strings.HasPrefix(r.URL.Path, "/goods/") {

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bytes"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
@@ -13,10 +15,10 @@ const (
 	logFlushTimeout = time.Second
 )
 
-// logWriter writes lines in the background, so that nothing waits for whoever reads the log: lines that do
-// not fit into its queue are dropped, and counted. It may be used concurrently.
+// logWriter writes lines in the background, so that nothing waits for whoever reads the log: lines that do not fit
+// into its queue are dropped, and counted in the log later. It may be used concurrently.
 type logWriter struct {
-	lines   chan []byte
+	lines   chan []byte // nil is the end
 	dropped atomic.Int64
 	ended   chan struct{} // closed when the last line has been written
 }
@@ -26,6 +28,12 @@ func newLogWriter(w io.Writer) *logWriter {
 	go func() {
 		defer close(l.ended)
 		for line := range l.lines {
+			if line == nil {
+				return
+			}
+			if n := l.dropped.Swap(0); n > 0 {
+				fmt.Fprintf(w, `{"level":"WARN","msg":"log lines dropped","lines":%d}`+"\n", n)
+			}
 			_, _ = w.Write(line) // fails when the reader has ended, which is no reason not to serve
 		}
 	}()
@@ -35,19 +43,24 @@ func newLogWriter(w io.Writer) *logWriter {
 // Write queues a line.
 func (l *logWriter) Write(line []byte) (int, error) {
 	select {
-	case l.lines <- append([]byte(nil), line...):
+	case l.lines <- bytes.Clone(line):
 	default:
 		l.dropped.Add(1)
 	}
 	return len(line), nil
 }
 
-// flush writes what is queued, for a moment at most. Nothing may be written afterwards.
+// flush writes what is queued, for a moment at most. Nothing is written afterwards.
 func (l *logWriter) flush() {
-	close(l.lines)
+	timeout := time.After(logFlushTimeout)
+	select {
+	case l.lines <- nil:
+	case <-timeout:
+		return
+	}
 	select {
 	case <-l.ended:
-	case <-time.After(logFlushTimeout):
+	case <-timeout:
 	}
 }
 

@@ -39,8 +39,8 @@ func TestMigrateRefusals(t *testing.T) {
 	}
 	bad := file("CREATE TABLE three (); CREATE;")
 	for want, files := range map[string]fstest.MapFS{
-		"0001_one.sql was changed after it had been applied":   {one: file("CREATE TABLE other ()"), two: applied[two]},
-		"0003_bad.sql: pq: syntax error":                       {one: applied[one], two: applied[two], "sql/postgres/0003_bad.sql": bad},
+		"0001_one.sql was changed after it had been applied": {one: file("CREATE TABLE other ()"), two: applied[two]},
+		"0003_bad.sql: pq: syntax error":                     {one: applied[one], two: applied[two], "sql/postgres/0003_bad.sql": bad},
 	} {
 		if err := migratePostgres(db, files, log); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("got %v, want %q", err, want)

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"database/sql"
-	_ "embed"
 	"fmt"
 
 	"github.com/lib/pq"
@@ -40,27 +39,28 @@ func (s *service) Move(ctx context.Context, q moveRequest) ([]position, error) {
 	return s.moves.do(ctx, q)
 }
 
-const moveGoods = `
+const (
+	moveGoods = `
 SELECT n, outcome, first_position, keys
-FROM move_goods($1, $2, $3)`
+FROM move_goods($1, $2, $3, $4)`
 
-//go:embed sql/queries/lock_range.sql
-var lockRange string
+	lockRange = `
+SELECT lock_range($1, $2, $3, $4)`
+)
 
-// moveGoods leaves out a move over goods that another transaction has locked, so that it does not hold up
-// the others, who have the lock of the priorities to wait for. A request that is retried alone waits for
-// the locks of the goods first, without that of the priorities.
+// moveGoods leaves out a move over goods that another transaction has locked, so that it does not hold up the
+// others: they, and all creates, wait for the lock of the priorities. A request that is retried alone waits for the
+// goods, first without that lock, and then, for whatever was locked since, with it.
 func (s *service) moveGoods(requests []moveRequest, results []result[[]position], alone bool) error {
+	if alone {
+		q := requests[0]
+		if err := s.db.query(lockRange, []any{q.ID, q.ProjectID, q.Priority, maxSpan}, ignoreRow); err != nil {
+			return fmt.Errorf("wait for goods: %w", err)
+		}
+	}
 	var replaced []key
 	err := s.db.inTx(func(tx transaction) error {
-		if alone {
-			q := requests[0]
-			args := []any{q.ID, q.ProjectID, q.Priority, maxSpan}
-			if err := tx.query(lockRange, args, ignoreRow); err != nil {
-				return err
-			}
-		}
-		args := []any{string(encodeJSON(requests)), maxSpan, maxBatchSpan}
+		args := []any{string(encodeJSON(requests)), maxSpan, maxBatchSpan, alone}
 		return tx.query(moveGoods, args, func(rows *sql.Rows) error {
 			var n int
 			var outcome string
@@ -112,6 +112,6 @@ func positions(first int32, keys []key) []position {
 // tooLong returns the failure of a move from a position to one that is too far away.
 func tooLong(from int32) *failure {
 	return invalid(map[string]string{"newPriority": fmt.Sprintf(
-		"is too far away: the good is at %d, and one move goes %d positions at most, from there to between %d and %d",
+		"is too far away: the good is at %d, and one move goes %d positions at most, to between %d and %d",
 		from, maxSpan, max(1, from-maxSpan), int64(from)+maxSpan)})
 }

@@ -83,6 +83,22 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	return body, control.SetReadDeadline(time.Time{})
 }
 
+// ignoreBody drops a body that has arrived. The reply does not wait for one that has not: the connection ends with it
+// instead.
+func ignoreBody(w http.ResponseWriter, r *http.Request) {
+	control := http.NewResponseController(w)
+	err := control.SetReadDeadline(time.Now().Add(time.Millisecond))
+	if err == nil {
+		_, err = io.Copy(io.Discard, http.MaxBytesReader(w, r.Body, maxBody))
+	}
+	if err == nil {
+		err = control.SetReadDeadline(time.Time{})
+	}
+	if err != nil {
+		w.Header().Set("Connection", "close")
+	}
+}
+
 // readObject splits a JSON object into its fields. encoding/json alone would take repeated keys, keys in
 // other cases, broken UTF-8, and text after the object.
 func (in *input) readObject(text []byte, fields []string) {

@@ -26,7 +26,8 @@ CREATE TABLE goods (
 -- By project, and in it in the order of the list.
 CREATE INDEX goods_project_id_idx ON goods (project_id, priority);
 CREATE INDEX goods_name_idx ON goods (name);
-CREATE UNIQUE INDEX goods_idempotency_key ON goods (project_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
+CREATE UNIQUE INDEX goods_idempotency_key ON goods (project_id, idempotency_key)
+    WHERE idempotency_key IS NOT NULL;
 
 -- Every transaction that changes which priorities exist, or which goods have
 -- them, takes this lock first and holds it until its end. Returns the highest

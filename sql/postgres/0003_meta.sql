@@ -16,7 +16,8 @@ CREATE TABLE project_meta (
     total      bigint  NOT NULL DEFAULT 0,
     removed    bigint  NOT NULL DEFAULT 0,
     CONSTRAINT project_meta_pkey PRIMARY KEY (project_id),
-    CONSTRAINT project_meta_project_id_fkey FOREIGN KEY (project_id) REFERENCES campaigns (id) ON DELETE CASCADE,
+    CONSTRAINT project_meta_project_id_fkey
+        FOREIGN KEY (project_id) REFERENCES campaigns (id) ON DELETE CASCADE,
     CONSTRAINT project_meta_removed_check CHECK (removed BETWEEN 0 AND total)
 ) WITH (fillfactor = 10);
 

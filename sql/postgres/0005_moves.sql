@@ -1,3 +1,22 @@
+-- Waits for the locks of the goods between a good and a position, at most max_span
+-- goods away, in the order of their ids: transactions that lock several goods
+-- wait for each other in one direction only.
+CREATE FUNCTION lock_range(good integer, project integer, target integer, max_span integer) RETURNS void
+    LANGUAGE plpgsql AS
+$$
+BEGIN
+    PERFORM g.id
+    FROM goods AS moved
+    JOIN goods AS g ON g.priority
+        BETWEEN greatest(least(target, moved.priority), moved.priority - max_span)
+        AND least(greatest(target, moved.priority), moved.priority + max_span)
+    WHERE moved.id = good
+      AND moved.project_id = project
+    ORDER BY g.id
+    FOR UPDATE OF g;
+END
+$$;
+
 -- Moves goods, as a JSON array of requests says, one after the other in its
 -- order. Each move is an UPDATE of its own, so every version of every good is an
 -- event. Per request it returns n, the request's place in the array from 1, and
@@ -10,10 +29,11 @@
 --   changed    the good no longer has the version that the request names
 --   too long   the move would renumber more than max_span goods besides this
 --              one, which is at first_position
---   locked     another transaction holds a good that would be renumbered
+--   locked     another transaction holds a good that would be renumbered; if this
+--              one is to wait, it waits for them instead
 --   postponed  the moves before it have renumbered so many goods that max_batch
 --              would be exceeded: it has not begun
-CREATE FUNCTION move_goods(requests json, max_span integer, max_batch integer)
+CREATE FUNCTION move_goods(requests json, max_span integer, max_batch integer, wait boolean)
     RETURNS TABLE (n bigint, outcome text, first_position integer, keys bigint[])
     LANGUAGE plpgsql AS
 $$
@@ -29,12 +49,16 @@ DECLARE
 BEGIN
     FOR request IN
         SELECT r.id, r.project_id, r.priority, r.version, r.number
-        FROM ROWS FROM (json_to_recordset(requests) AS (id integer, project_id integer, priority integer, version integer))
+        FROM ROWS FROM (json_to_recordset(requests)
+            AS (id integer, project_id integer, priority integer, version integer))
             WITH ORDINALITY AS r (id, project_id, priority, version, number)
     LOOP
         n := request.number;
         first_position := NULL;
         keys := NULL;
+        IF wait THEN
+            PERFORM lock_range(request.id, request.project_id, request.priority, max_span);
+        END IF;
         -- Nobody else changes priorities while this transaction has their lock.
         SELECT g.priority, g.version
         INTO found_good

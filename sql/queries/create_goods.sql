@@ -26,7 +26,8 @@ WITH request AS (
     JOIN campaigns AS c ON c.id = r.project_id
     WHERE r.n NOT IN (SELECT n FROM known)
 ), inserted AS (
-    INSERT INTO goods AS g (project_id, name, description, priority, created_at, idempotency_key, request_digest)
+    INSERT INTO goods AS g
+        (project_id, name, description, priority, created_at, idempotency_key, request_digest)
     SELECT project_id, name, description, priority, moment, key, digest
     FROM planned
     ORDER BY n
@@ -35,6 +36,7 @@ WITH request AS (
 SELECT n, true AS repeated, same, id, project_id, name, description, priority, removed, created_at, version
 FROM known
 UNION ALL
-SELECT p.n, false, true, i.id, i.project_id, i.name, i.description, i.priority, i.removed, i.created_at, i.version
+SELECT p.n, false, true,
+       i.id, i.project_id, i.name, i.description, i.priority, i.removed, i.created_at, i.version
 FROM planned AS p
 JOIN inserted AS i ON i.priority = p.priority
