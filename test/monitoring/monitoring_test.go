@@ -136,6 +136,7 @@ func panelQueries(t *testing.T) (queries []expression) {
 	cog.NewRuntime().RegisterPanelcfgVariant(stat.VariantConfig())
 	cog.NewRuntime().RegisterDataqueryVariant(prometheusquery.VariantConfig())
 	text := harness.File(t, "deploy/grafana.json")
+	//lint:ignore SA1019 the newer schema cannot be imported into Grafana 11 and older
 	var checked, board dashboard.Dashboard
 	// What it finds are all faults in the text, as one error that is not nil even when there are none. It leaves
 	// out panels, so the dashboard is decoded once more.
