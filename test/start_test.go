@@ -40,7 +40,7 @@ func TestCommands(t *testing.T) {
 	for command, want := range map[string]string{
 		"-h": everyVariable, "--help": everyVariable,
 		"help":    everyVariable + " 127.0.0.1:8080 localhost:5432 localhost:6379 localhost:4222 localhost:9000",
-		"version": "goods (devel)", "-version": "goods (devel)", "--version": "goods (devel)",
+		"version": "goods (devel) unknown", "-version": "goods (devel) unknown", "--version": "goods (devel) unknown",
 	} {
 		if out, stderr, success := goods(t, w, command, "HTTP_ADDR=nonsense"); !success || !has(out, want) {
 			t.Errorf("%s: got %q and %q, want %q", command, out, stderr, want)
