@@ -13,17 +13,20 @@ import (
 )
 
 // Group commit: calls that arrive while a batch runs wait for its end, and form the next batch together. A
-// batch is one statement and one commit of Postgres for dozens of calls. That is most of what makes the
-// service fast, as a commit waits for the disk and every create for the same lock; and a lone call is sent
-// at once. Four rules make it safe:
+// batch is one statement and one commit of Postgres for dozens of calls. Most of the service's speed comes
+// from that, as each commit waits for the disk, and each create for the same lock. A lone call is sent at
+// once. Four rules make it safe:
 //
-//   - Who joins: a call joins only a batch that has not begun, so a read sees every write that was answered before
-//     the read was asked for. No two calls of a batch share a conflictKey.
-//   - Who waits: every caller, for requestTimeout at most, whatever its batch is waiting for. A batch never waits for
-//     one of its calls: what another transaction has locked is left out, and only a call that is retried alone may wait.
-//   - What is retried: a call that its batch left out (errRetryAlone), and every call of a batch that failed, alone and
-//     once. So a failure stays with its own call, and a pooled connection that died while idle is no failure at all.
-//   - What is never repeated: a write of unknown outcome (errOutcomeUnknown). Its caller gets an error, and decides.
+//   - Who joins: a call joins only a batch that has not begun, so a read sees every write that was answered
+//     before the read was sent. No two calls of a batch share a conflictKey.
+//   - Who waits: every caller, for requestTimeout at most, whatever its batch is waiting for. A batch never
+//     waits for one of its calls: what another transaction has locked is left out, and only a call that is
+//     retried alone may wait for it.
+//   - What is retried: a call that its batch left out (errRetryAlone), and every call of a batch that failed,
+//     alone and once. So a failure stays with its own call, and a pooled connection that died while it was
+//     idle fails no call at all.
+//   - What is never repeated: a write of unknown outcome (errOutcomeUnknown). Its caller gets an error, and
+//     decides.
 
 const (
 	requestTimeout = 4 * time.Second // a caller gets an error then

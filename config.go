@@ -31,136 +31,48 @@ type config struct {
 	logLevel     slog.Level
 }
 
-// variable is one of the environment.
-type variable struct {
-	name, fallback string
-	help           string // says what it must be
-	read           func(c *config, value string) error
+// variables are all there is to configure, with what a value must be.
+var variables = []struct{ name, fallback, help string }{
+	{"HTTP_ADDR", "127.0.0.1:8080", "the address to listen on, host:port; " +
+		":8080 is every address of this machine"},
+	{"POSTGRES_URL", "postgres://goods:goods@localhost:5432/goods?sslmode=disable", "the database of goods, " +
+		"a URL such as postgres://user:password@host:5432/database or ://host1,host2/database?port=5432,5433"},
+	{"REDIS_URL", "redis://localhost:6379/0", "the cache, " +
+		"a URL such as redis://user:password@host:6379/0, or rediss:// for TLS"},
+	{"NATS_URL", "nats://localhost:4222", "carries the events, " +
+		"URLs such as nats://user:password@host:4222, or tls://, with commas"},
+	{"CLICKHOUSE_URL", "clickhouse://localhost:9000/default", "the log of the events, " +
+		"a URL such as clickhouse://user:password@host:9000/database or https://host:8443/database"},
+	{"EVENTS_BATCH", "5", "the events in one INSERT into ClickHouse, 1 to 1000"},
+	{"NATS_REPLICAS", "1", "the replicas of the stream, 1 to 5"},
+	{"NAMESPACE", "goods", "a prefix of Redis keys and NATS names: " +
+		"a letter of a-z, then up to 31 of a-z, 0-9, - and _"},
+	{"LOG_LEVEL", "info", "debug, info, warn or error"},
 }
 
-// errUnfit is the error of a value that is not as the variable's help says.
+// errUnfit is the error of a value that is not what its variable's help says.
 var errUnfit = errors.New("unfit")
-
-// variables are all there is to configure.
-var variables = []variable{
-	{
-		name:     "HTTP_ADDR",
-		fallback: "127.0.0.1:8080",
-		help:     "the address to listen on, host:port; :8080 is every address of this machine",
-		read: func(c *config, value string) error {
-			c.addr = value
-			_, port, err := net.SplitHostPort(value)
-			if err != nil {
-				return err
-			}
-			_, err = strconv.ParseUint(port, 10, 16)
-			return err
-		},
-	},
-	{
-		name:     "POSTGRES_URL",
-		fallback: "postgres://goods:goods@localhost:5432/goods?sslmode=disable",
-		help: "the database of the goods, a URL such as postgres://user:password@host:port/database, " +
-			"or ://host1,host2/database?port=5432,5433",
-		read: func(c *config, value string) error {
-			c.postgres = value
-			return checkPostgresURL(value)
-		},
-	},
-	{
-		name:     "REDIS_URL",
-		fallback: "redis://localhost:6379/0",
-		help:     "the cache, a URL such as redis://user:password@host:6379/0, or rediss:// for TLS",
-		read: func(c *config, value string) error {
-			c.redis = value
-			return checkRedisURL(value)
-		},
-	},
-	{
-		name:     "NATS_URL",
-		fallback: "nats://localhost:4222",
-		help:     "carries the events, URLs such as nats://user:password@host:4222, or tls://, with commas",
-		read: func(c *config, value string) error {
-			c.nats = value
-			return checkNATSURL(value)
-		},
-	},
-	{
-		name:     "CLICKHOUSE_URL",
-		fallback: "clickhouse://localhost:9000/default",
-		help:     "the log of the events, a URL such as clickhouse://user:password@host:9000/database, or https://",
-		read:     readClickHouseURL,
-	},
-	{
-		name:     "EVENTS_BATCH",
-		fallback: "5",
-		help:     "the events in one INSERT into ClickHouse, 1 to 1000",
-		read: func(c *config, value string) (err error) {
-			c.eventsBatch, err = parseWithin(value, 1000)
-			return err
-		},
-	},
-	{
-		name:     "NATS_REPLICAS",
-		fallback: "1",
-		help:     "the replicas of the stream, 1 to 5",
-		read: func(c *config, value string) (err error) {
-			c.natsReplicas, err = parseWithin(value, 5)
-			return err
-		},
-	},
-	{
-		name:     "NAMESPACE",
-		fallback: "goods",
-		help:     "a prefix of Redis keys and NATS names: a lower-case letter, then up to 31 of a-z, 0-9, - and _",
-		read: func(c *config, value string) error {
-			c.namespace = value
-			if !namespacePattern.MatchString(value) {
-				return errUnfit
-			}
-			return nil
-		},
-	},
-	{
-		name:     "LOG_LEVEL",
-		fallback: "info",
-		help:     "debug, info, warn or error",
-		read: func(c *config, value string) error {
-			return c.logLevel.UnmarshalText([]byte(value))
-		},
-	},
-}
-
-var namespacePattern = regexp.MustCompile(`^[a-z][a-z0-9_-]{0,31}$`)
-
-func parseWithin(value string, most int) (int, error) {
-	n, err := strconv.Atoi(value)
-	if err != nil {
-		return 0, err
-	}
-	if n < 1 || n > most {
-		return 0, errUnfit
-	}
-	return n, nil
-}
 
 // readConfig reports every bad variable at once, and never a value: it may hold a password. White space
 // around values is dropped: a secret from a file often ends with a line break.
 func readConfig(getenv func(string) string) (*config, error) {
-	c := &config{}
-	var bad []string
 	// lib/pq reads PG… variables as well. It names the one that it refuses, and its value, which is no
 	// secret.
-	_, libpqErr := pq.NewConfig("postgres://")
+	if _, err := pq.NewConfig("postgres://"); err != nil {
+		return nil, err
+	}
+	c := &config{}
+	var bad []string
 	for _, v := range variables {
-		if v.name == "POSTGRES_URL" && libpqErr != nil {
-			bad = append(bad, libpqErr.Error())
+		value := cmp.Or(strings.TrimSpace(getenv(v.name)), v.fallback)
+		if c.set(v.name, value) == nil { // an error's text may have the value in it
 			continue
 		}
-		value := cmp.Or(strings.TrimSpace(getenv(v.name)), v.fallback)
-		if v.read(c, value) != nil { // whose text may have the value in it
-			bad = append(bad, v.fault())
+		text := v.name + " must be " + v.help
+		if strings.HasSuffix(v.name, "_URL") {
+			text += " (special characters in a user or password have to be percent-encoded)"
 		}
+		bad = append(bad, text)
 	}
 	if len(bad) > 0 {
 		return nil, errors.New(strings.Join(bad, "; "))
@@ -168,39 +80,74 @@ func readConfig(getenv func(string) string) (*config, error) {
 	return c, nil
 }
 
-// fault says what a bad value should have been.
-func (v variable) fault() string {
-	text := v.name + " must be " + v.help
-	if strings.HasSuffix(v.name, "_URL") {
-		text += " (special characters in a user or password have to be percent-encoded)"
+// set sets what a variable says. URLs are read by what will use them.
+func (c *config) set(name, value string) (err error) {
+	switch name {
+	case "HTTP_ADDR":
+		c.addr = value
+		return checkAddress(value)
+	case "POSTGRES_URL":
+		c.postgres = value
+		return checkPostgresURL(value)
+	case "REDIS_URL":
+		c.redis = value
+		return checkRedisURL(value)
+	case "NATS_URL":
+		c.nats = value
+		return checkNATSURL(value)
+	case "CLICKHOUSE_URL":
+		c.clickhouse, err = parseClickHouseURL(value)
+	case "EVENTS_BATCH":
+		c.eventsBatch, err = parseWithin(value, 1000)
+	case "NATS_REPLICAS":
+		c.natsReplicas, err = parseWithin(value, 5)
+	case "NAMESPACE":
+		c.namespace = value
+		if !namespacePattern.MatchString(value) {
+			err = errUnfit
+		}
+	case "LOG_LEVEL":
+		err = c.logLevel.UnmarshalText([]byte(value))
 	}
-	return text
+	return err
 }
 
-// checkURL returns an error unless value has one of these schemes and could be a URL. An @ after the host is a sign of
-// a password with a special character, which has cut the user and the password off.
-func checkURL(value string, schemes ...string) error {
-	scheme, rest, _ := strings.Cut(value, "://")
-	if !slices.Contains(schemes, scheme) || strings.Contains(rest, "#") {
-		return errUnfit
+var namespacePattern = regexp.MustCompile(`^[a-z][a-z0-9_-]{0,31}$`)
+
+func parseWithin(value string, most int) (int, error) {
+	n, err := strconv.Atoi(value)
+	if err == nil && (n < 1 || n > most) {
+		err = errUnfit
 	}
-	end := strings.IndexAny(rest, "/?")
-	if end < 0 {
-		return nil
+	return n, err
+}
+
+// checkAddress returns an error unless value is host:port.
+func checkAddress(value string) error {
+	_, port, err := net.SplitHostPort(value)
+	if err != nil {
+		return err
 	}
-	_, query, _ := strings.Cut(rest[end:], "?")
-	_, err := url.ParseQuery(query)
-	if err != nil || strings.Contains(rest[end:], "@") {
-		return errUnfit
+	_, err = strconv.ParseUint(port, 10, 16)
+	return err
+}
+
+// parseURL parses a URL with one of these schemes. An @ after the host is a sign of a special character in a
+// password, which has cut it off.
+func parseURL(value string, schemes ...string) (*url.URL, error) {
+	u, err := url.Parse(value)
+	if err != nil {
+		return nil, err
 	}
-	return nil
+	_, err = url.ParseQuery(u.RawQuery)
+	if !slices.Contains(schemes, u.Scheme) || strings.ContainsAny(u.Path+u.RawQuery, "@") || u.Fragment != "" {
+		err = errUnfit
+	}
+	return u, err
 }
 
 func checkPostgresURL(value string) error {
-	if err := checkURL(value, "postgres", "postgresql"); err != nil {
-		return err
-	}
-	u, err := url.Parse(value)
+	u, err := parseURL(value, "postgres", "postgresql")
 	if err != nil {
 		return err
 	}
@@ -215,79 +162,64 @@ func checkPostgresURL(value string) error {
 var errNotDialled = errors.New("not dialled")
 
 func checkRedisURL(value string) error {
-	if err := checkURL(value, "redis", "rediss"); err != nil {
-		return err
-	}
-	u, err := url.Parse(value)
+	u, err := parseURL(value, "redis", "rediss")
 	if err != nil {
 		return err
 	}
-	if u.RawQuery != "" || !hostFits(u) { // redigo would ignore a query, such as ?db=2, and guess a host
+	if u.RawQuery != "" || !oneHost(u) { // redigo would ignore a query, such as ?db=2, and guess a host
 		return errUnfit
 	}
 	refuse := func(string, string) (net.Conn, error) { return nil, errNotDialled }
-	_, err = redis.DialURL(value, redis.DialNetDial(refuse))
-	if errors.Is(err, errNotDialled) {
-		return nil
+	if _, err := redis.DialURL(value, redis.DialNetDial(refuse)); !errors.Is(err, errNotDialled) {
+		return err
 	}
-	return err
+	return nil
 }
 
 func checkNATSURL(value string) error {
 	for server := range strings.SplitSeq(value, ",") {
-		server = strings.TrimSpace(server)
-		if err := checkURL(server, "nats", "tls"); err != nil {
-			return err
-		}
-		u, err := url.Parse(server)
+		u, err := parseURL(strings.TrimSpace(server), "nats", "tls")
 		if err != nil {
 			return err
 		}
-		if strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || !hostFits(u) {
+		if strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || !oneHost(u) {
 			return errUnfit
 		}
 	}
 	return nil
 }
 
-// hostFits reports whether a URL has a host, and if it has a port, one that there is.
-func hostFits(u *url.URL) bool {
+// oneHost reports whether a URL has a host, and only one, and if it has a port, one that there is.
+func oneHost(u *url.URL) bool {
 	if u.Hostname() == "" || strings.Contains(u.Host, ",") {
 		return false
 	}
-	if u.Port() == "" {
-		return !strings.HasSuffix(u.Host, ":")
-	}
-	_, err := strconv.ParseUint(u.Port(), 10, 16)
-	return err == nil
+	return u.Port() == "" && !strings.HasSuffix(u.Host, ":") || checkAddress(u.Host) == nil
 }
 
-func readClickHouseURL(c *config, value string) error {
-	if err := checkURL(value, "clickhouse", "http", "https"); err != nil {
-		return err
+func parseClickHouseURL(value string) (*clickhouse.Options, error) {
+	firstHost := regexp.MustCompile(`,[^@/?]*`).ReplaceAllString(value, "") // url.Parse knows one only
+	u, err := parseURL(firstHost, "clickhouse", "http", "https")
+	if err != nil {
+		return nil, err
 	}
-	if strings.HasPrefix(value, "https:") && !strings.Contains(value, "secure=") {
+	if u.Scheme == "https" && !u.Query().Has("secure") { // which the driver asks for
 		separator := "?"
-		if strings.Contains(value, "?") {
+		if u.RawQuery != "" {
 			separator = "&"
 		}
-		value += separator + "secure=true" // which the driver asks for
+		value += separator + "secure=true"
 	}
 	options, err := clickhouse.ParseDSN(value)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, address := range options.Addr {
-		host, port, err := net.SplitHostPort(address)
-		if err != nil || host == "" {
-			return errUnfit
-		}
-		if _, err := strconv.ParseUint(port, 10, 16); err != nil {
-			return err
+		if err := checkAddress(address); err != nil || strings.HasPrefix(address, ":") {
+			return nil, errUnfit
 		}
 	}
-	c.clickhouse = options
-	return nil
+	return options, nil
 }
 
 func usage(w io.Writer) {
@@ -299,10 +231,11 @@ func usage(w io.Writer) {
   goods healthcheck          succeed if the service on HTTP_ADDR is up
   goods version              print the version
 
-Environment variables and their defaults:
+Environment variables, with their defaults:
 
 `)
 	for _, v := range variables {
-		fmt.Fprintf(w, "  %s=%s\n      %s\n", v.name, v.fallback, v.help)
+		help := strings.ReplaceAll(v.help, ", a URL", ",\n      a URL") // no wider than 100 columns
+		fmt.Fprintf(w, "  %s=%s\n      %s\n", v.name, v.fallback, help)
 	}
 }

@@ -74,8 +74,8 @@ var (
 func unavailable(err error) bool {
 	if e := pq.As(err); e != nil {
 		switch e.Code.Class() {
-		case pqerror.ClassConnectionException, pqerror.ClassInsufficientResources, pqerror.ClassOperatorIntervention,
-			pqerror.ClassTransactionRollback:
+		case pqerror.ClassConnectionException, pqerror.ClassInsufficientResources,
+			pqerror.ClassOperatorIntervention, pqerror.ClassTransactionRollback:
 			return true
 		}
 		switch e.Code {
@@ -86,10 +86,17 @@ func unavailable(err error) bool {
 		}
 		return false
 	}
-	switch {
-	case errors.Is(err, driver.ErrBadConn), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled),
-		errors.Is(err, errLocked), errors.Is(err, errServerChanged), errors.Is(err, errNoMemory):
-		return true
+	for _, cause := range []error{
+		driver.ErrBadConn,
+		context.DeadlineExceeded,
+		context.Canceled,
+		errLocked,
+		errServerChanged,
+		errNoMemory,
+	} {
+		if errors.Is(err, cause) {
+			return true
+		}
 	}
 	return false
 }

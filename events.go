@@ -10,7 +10,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/ClickHouse/clickhouse-go/v2"
 	"github.com/nats-io/nats.go/jetstream"
 )
 
@@ -19,7 +18,7 @@ const (
 	insertWorkers = 4               // INSERTs at a time
 	eventTimeout  = 5 * time.Second // for one exchange with ClickHouse, or one statement of Postgres
 	ackWait       = 2 * eventTimeout
-	lostAfter     = 30 * time.Second // an event is lost when it was published so long ago, and NATS has nothing left
+	lostAfter     = 30 * time.Second // when NATS has nothing left, events that were published earlier are lost
 	retryFirst    = 100 * time.Millisecond
 	retryMost     = 2 * time.Second
 )
@@ -289,75 +288,4 @@ func (c *consumer) retry(name string, deliveries *[]*delivery, f func() error) {
 		}
 		time.Sleep(wait)
 	}
-}
-
-// eventLog is the table goods_log in ClickHouse. All methods may be called concurrently.
-type eventLog struct {
-	writer, reader clickhouse.Conn // readers have connections of their own, and so never hold up the events
-	// syncInserts says that the server has to be told not to acknowledge an INSERT before it is stored.
-	syncInserts atomic.Bool
-	reading     chan struct{} // has an element for each history that is being read
-}
-
-// openEventLog returns the log, which connects when it is used.
-func openEventLog(options *clickhouse.Options) *eventLog {
-	open := func(conns int) clickhouse.Conn {
-		o := *options
-		o.DialTimeout = 2 * time.Second
-		o.ReadTimeout = eventTimeout // the default is five minutes
-		o.MaxOpenConns = conns
-		o.MaxIdleConns = conns
-		conn, err := clickhouse.Open(&o)
-		if err != nil {
-			panic(err) // happens only without options
-		}
-		return conn
-	}
-	return &eventLog{
-		writer:  open(insertWorkers + 1), // and a ping
-		reader:  open(maxHistories),
-		reading: make(chan struct{}, maxHistories),
-	}
-}
-
-// ping reports whether the table is there.
-func (l *eventLog) ping(ctx context.Context) error {
-	var exists uint8
-	if err := l.writer.QueryRow(ctx, `EXISTS TABLE goods_log`).Scan(&exists); err != nil {
-		return err
-	}
-	if exists == 0 {
-		return errors.New("there is no table goods_log")
-	}
-	return nil
-}
-
-// insert adds events in one INSERT, and returns when they are stored.
-func (l *eventLog) insert(events []event) error {
-	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
-	defer cancel()
-	if l.syncInserts.Load() {
-		ctx = clickhouse.Context(ctx, clickhouse.WithSettings(clickhouse.Settings{
-			"async_insert":          0,
-			"wait_for_async_insert": 1,
-		}))
-	}
-	batch, err := l.writer.PrepareBatch(ctx, `
-INSERT INTO goods_log (Id, ProjectId, Name, Description, Priority, Removed, EventTime, Version)`)
-	if err != nil {
-		return err
-	}
-	defer batch.Close()
-	for _, e := range events {
-		removed := uint8(0) // ClickHouse 18.16 has no Bool
-		if e.Removed {
-			removed = 1
-		}
-		err := batch.Append(e.GoodID, e.ProjectID, e.Name, e.Description, e.Priority, removed, e.Time.UTC(),
-			uint32(e.Version))
-		if err != nil {
-			return err
-		}
-	}
-	return batch.Send()
 }

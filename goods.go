@@ -30,7 +30,16 @@ type good struct {
 // fields returns where to scan a row of goods. Every query that reads whole goods names these columns in
 // this order.
 func (g *good) fields() []any {
-	return []any{&g.ID, &g.ProjectID, &g.Name, &g.Description, &g.Priority, &g.Removed, &g.CreatedAt.Time, &g.version}
+	return []any{
+		&g.ID,
+		&g.ProjectID,
+		&g.Name,
+		&g.Description,
+		&g.Priority,
+		&g.Removed,
+		&g.CreatedAt.Time,
+		&g.version,
+	}
 }
 
 // timestamp is a time that is written in UTC, with all six digits of the microseconds.
@@ -217,17 +226,17 @@ func (s *service) editGoods(requests []editRequest, results []result[good], alon
 		return tx.query(editGoods, []any{string(encodeJSON(requests))}, func(rows *sql.Rows) error {
 			var n int
 			var outcome string
-			var g nullGood
+			var g good // empty unless it was edited
 			if err := rows.Scan(append([]any{&n, &outcome}, g.fields()...)...); err != nil {
 				return err
 			}
 			r := &results[n-1]
 			switch outcome {
 			case "edited":
-				r.answer = g.good()
-				before = append(before, newKey(r.answer.ID, r.answer.version-1))
-				after = append(after, r.answer.key())
-				goods = append(goods, encodeJSON(&r.answer))
+				r.answer = g
+				before = append(before, newKey(g.ID, g.version-1))
+				after = append(after, g.key())
+				goods = append(goods, encodeJSON(&g))
 			case "changed":
 				r.err = errGoodChanged
 			case "missing":
@@ -256,32 +265,6 @@ func lockedOrRetry(alone bool) error {
 }
 
 func ignoreRow(*sql.Rows) error { return nil }
-
-// nullGood is a good that may be absent from a row: then all of its columns are null.
-type nullGood struct {
-	id, projectID, priority, version sql.Null[int32]
-	name, description                sql.Null[string]
-	removed                          sql.Null[bool]
-	createdAt                        sql.Null[time.Time]
-}
-
-// fields is good.fields.
-func (g *nullGood) fields() []any {
-	return []any{&g.id, &g.projectID, &g.name, &g.description, &g.priority, &g.removed, &g.createdAt, &g.version}
-}
-
-func (g *nullGood) good() good {
-	return good{
-		ID:          g.id.V,
-		ProjectID:   g.projectID.V,
-		Name:        g.name.V,
-		Description: g.description.V,
-		Priority:    g.priority.V,
-		Removed:     g.removed.V,
-		CreatedAt:   timestamp{g.createdAt.V},
-		version:     g.version.V,
-	}
-}
 
 // getRequest asks for one good.
 type getRequest struct{ id, projectID int32 }

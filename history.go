@@ -2,14 +2,91 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
+
+	"github.com/ClickHouse/clickhouse-go/v2"
 )
 
 const (
-	maxHistories   = 1                                     // that are read at a time, as the same ClickHouse stores the events
-	historyTimeout = requestTimeout - 200*time.Millisecond // for both queries
+	// maxHistories are read at a time, as the same ClickHouse stores the events.
+	maxHistories = 1
+	// historyTimeout is for both queries, and the wait before them.
+	historyTimeout = requestTimeout - 200*time.Millisecond
 )
+
+// eventLog is the table goods_log in ClickHouse. All methods may be called concurrently.
+type eventLog struct {
+	writer, reader clickhouse.Conn // readers have connections of their own, and so never hold up the events
+	// syncInserts says that the server has to be told not to acknowledge an INSERT before it is stored.
+	syncInserts atomic.Bool
+	reading     chan struct{} // has an element for each history that is being read
+}
+
+// openEventLog returns the log, which connects when it is used.
+func openEventLog(options *clickhouse.Options) *eventLog {
+	open := func(conns int) clickhouse.Conn {
+		o := *options
+		o.DialTimeout = 2 * time.Second
+		o.ReadTimeout = eventTimeout // the default is five minutes
+		o.MaxOpenConns = conns
+		o.MaxIdleConns = conns
+		conn, err := clickhouse.Open(&o)
+		if err != nil {
+			panic(err) // happens only without options
+		}
+		return conn
+	}
+	return &eventLog{
+		writer:  open(insertWorkers + 1), // and a ping
+		reader:  open(maxHistories),
+		reading: make(chan struct{}, maxHistories),
+	}
+}
+
+// ping reports whether the table is there.
+func (l *eventLog) ping(ctx context.Context) error {
+	var exists uint8
+	if err := l.writer.QueryRow(ctx, `EXISTS TABLE goods_log`).Scan(&exists); err != nil {
+		return err
+	}
+	if exists == 0 {
+		return errors.New("there is no table goods_log")
+	}
+	return nil
+}
+
+// insert adds events in one INSERT, and returns when they are stored.
+func (l *eventLog) insert(events []event) error {
+	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
+	defer cancel()
+	if l.syncInserts.Load() {
+		ctx = clickhouse.Context(ctx, clickhouse.WithSettings(clickhouse.Settings{
+			"async_insert":          0,
+			"wait_for_async_insert": 1,
+		}))
+	}
+	batch, err := l.writer.PrepareBatch(ctx, `
+INSERT INTO goods_log (Id, ProjectId, Name, Description, Priority, Removed, EventTime, Version)`)
+	if err != nil {
+		return err
+	}
+	defer batch.Close()
+	for _, e := range events {
+		removed := uint8(0) // ClickHouse 18.16 has no Bool
+		if e.Removed {
+			removed = 1
+		}
+		err := batch.Append(e.GoodID, e.ProjectID, e.Name, e.Description, e.Priority, removed, e.Time.UTC(),
+			uint32(e.Version))
+		if err != nil {
+			return err
+		}
+	}
+	return batch.Send()
+}
 
 // historyRequest asks for limit versions of a good, from the offset on, which is counted from 1.
 type historyRequest struct {
@@ -73,7 +150,8 @@ func (l *eventLog) history(ctx context.Context, q historyRequest, maxBytes int) 
 		return nil, err
 	}
 	defer rows.Close()
-	page := fmt.Appendf(nil, `{"meta":{"total":%d,"limit":%d,"offset":%d},"versions":[`, total, q.limit, q.offset)
+	page := fmt.Appendf(nil, `{"meta":{"total":%d,"limit":%d,"offset":%d},"versions":[`,
+		total, q.limit, q.offset)
 	separator := ""
 	size := len(page)
 	for rows.Next() {

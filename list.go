@@ -66,7 +66,8 @@ var projectVersions string
 //go:embed sql/queries/project_goods.sql
 var projectGoods string
 
-func newPages(name, versions, goods string, db *database, cache *cache, metrics *metrics, log *slog.Logger) *pages {
+func newPages(name, versions, goods string, db *database, cache *cache, metrics *metrics,
+	log *slog.Logger) *pages {
 	p := &pages{db: db, cache: cache, versions: versions, goods: goods}
 	p.batcher = newBatcher(name, batchLimit, p.read, metrics, log)
 	p.largeBatcher = newBatcher("large "+name, batchLimit, p.read, metrics, log)

@@ -15,8 +15,8 @@ const (
 	logFlushTimeout = time.Second
 )
 
-// logWriter writes lines in the background, so that nothing waits for whoever reads the log: lines that do not fit
-// into its queue are dropped, and counted in the log later. It may be used concurrently.
+// logWriter writes lines in the background, so that nothing waits for whoever reads the log: lines that do
+// not fit into its queue are dropped, and counted in the log later. It may be used concurrently.
 type logWriter struct {
 	lines   chan []byte // nil is the end
 	dropped atomic.Int64

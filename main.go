@@ -139,7 +139,8 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		return err
 	}
 	// To lose a commit here only repeats work.
-	outboxDB, err := openPostgres(cfg.postgres, eventConns, eventTimeout, map[string]string{"synchronous_commit": "off"})
+	lazy := map[string]string{"synchronous_commit": "off"}
+	outboxDB, err := openPostgres(cfg.postgres, eventConns, eventTimeout, lazy)
 	if err != nil {
 		return err
 	}

@@ -119,7 +119,8 @@ func (m *metrics) text(h *health) []byte {
 	}
 	writeHead(&b, "goods_build_info", "gauge", "The program, always 1.")
 	version, revision := buildVersion()
-	fmt.Fprintf(&b, "goods_build_info{version=%q,revision=%q,goversion=%q} 1\n", version, revision, runtime.Version())
+	fmt.Fprintf(&b, "goods_build_info{version=%q,revision=%q,goversion=%q} 1\n",
+		version, revision, runtime.Version())
 	m.writeNumbers(&b)
 	return b.Bytes()
 }
@@ -165,17 +166,20 @@ func (m *metrics) writeNumbers(w io.Writer) {
 	count("goods_events_insert_failures_total", &m.insertFailures, "Failed INSERTs into ClickHouse.")
 	count("goods_events_rejected_total", &m.rejected, "Messages in the stream that were no events.")
 	count("goods_outbox_rows", &m.outboxRows, "Events that ClickHouse does not hold yet, and gaps between them.")
-	number("goods_outbox_oldest_age_seconds", float64(m.outboxAgeMillis.Load())/1000, "Age of the oldest of them.")
+	number("goods_outbox_oldest_age_seconds", float64(m.outboxAgeMillis.Load())/1000,
+		"Age of the oldest of them.")
 	sampled := time.UnixMilli(m.outboxSampled.Load())
 	number("goods_outbox_sample_age_seconds", max(time.Since(sampled).Seconds(), 0),
 		"Age of these two figures.")
 	count("goods_stream_backlog_messages", &m.backlog, "Messages in the NATS stream.")
 
 	pool := m.db.Stats()
-	number("goods_postgres_connections_max", float64(pool.MaxOpenConnections), "Most connections the pool may open.")
+	number("goods_postgres_connections_max", float64(pool.MaxOpenConnections),
+		"Most connections the pool may open.")
 	number("goods_postgres_connections_open", float64(pool.OpenConnections), "Connections of the pool.")
 	number("goods_postgres_connections_in_use", float64(pool.InUse), "Connections of the pool in use.")
-	number("goods_postgres_connection_waits_total", float64(pool.WaitCount), "Waits for a connection of the pool.")
+	number("goods_postgres_connection_waits_total", float64(pool.WaitCount),
+		"Waits for a connection of the pool.")
 	number("goods_postgres_connection_wait_seconds_total", pool.WaitDuration.Seconds(),
 		"Time waited for a connection of the pool.")
 

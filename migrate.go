@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"database/sql"
 	"embed"
 	"errors"
@@ -10,8 +11,11 @@ import (
 	"io/fs"
 	"log/slog"
 	"path"
+	"time"
 
 	"github.com/ClickHouse/clickhouse-go/v2"
+	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 )
 
 // Migrations are files NNNN_name.sql, applied in the order of their names. Those of Postgres have any
@@ -93,8 +97,8 @@ CREATE TABLE schema_migrations (
 	return recorded, rows.Err()
 }
 
-// applyMigration applies a file, and records it, unless it is recorded already.
-func applyMigration(tx *sql.Tx, files fs.FS, file string, recorded map[string]string) (applied bool, err error) {
+// applyMigration applies a file, and records it, unless it is recorded already. It reports whether it did.
+func applyMigration(tx *sql.Tx, files fs.FS, file string, recorded map[string]string) (bool, error) {
 	name := path.Base(file)
 	text, err := fs.ReadFile(files, file)
 	if err != nil {
@@ -113,7 +117,7 @@ func applyMigration(tx *sql.Tx, files fs.FS, file string, recorded map[string]st
 		return false, fmt.Errorf("%s: %w", name, err)
 	}
 	_, err = tx.Exec(`INSERT INTO schema_migrations (name, checksum) VALUES ($1, $2)`, name, checksum)
-	return true, err
+	return err == nil, err
 }
 
 // migrate runs the files of sql/clickhouse. A user that may not create tables needs none created: if the
@@ -151,6 +155,61 @@ func (l *eventLog) runMigrations(ctx context.Context) error {
 		if err := l.writer.Exec(ctx, string(text)); err != nil {
 			return fmt.Errorf("%s: %w", path.Base(file), err)
 		}
+	}
+	return nil
+}
+
+// awaitPostgres waits until the server answers, or ctx ends, for about limit. What waiting cannot cure is
+// an error at once.
+func awaitPostgres(ctx context.Context, db *database, limit time.Duration, log *slog.Logger) error {
+	start := time.Now()
+	for attempt := 0; ; attempt++ {
+		_, err := db.Exec(`SELECT 1`) // Ping would hide the server's words
+		if err == nil || permanent(err) {
+			return err
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("%w: %w", ctx.Err(), err)
+		}
+		if took := time.Since(start); took >= limit {
+			return fmt.Errorf("cannot be used after %v: %w", took.Round(100*time.Millisecond), err)
+		}
+		if attempt == 0 {
+			log.Warn("waiting for postgres", "limit", limit.String(), "err", err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(250 * time.Millisecond):
+		}
+	}
+}
+
+// permanent reports whether an error of connecting stays until somebody changes something: the server's
+// refusals, such as a wrong password or an unknown parameter, and whatever has nothing to do with the
+// network.
+func permanent(err error) bool {
+	if e := pq.As(err); e != nil {
+		switch e.Code.Class() {
+		case pqerror.ClassConnectionException:
+			return e.Code == pqerror.ProtocolViolation // PgBouncer: unsupported startup parameter
+		case pqerror.ClassInsufficientResources, pqerror.ClassOperatorIntervention:
+			return false // full, or just starting
+		}
+		return true
+	}
+	var certificate *tls.CertificateVerificationError
+	var file *fs.PathError
+	return errors.As(err, &certificate) || errors.As(err, &file) || errors.Is(err, pq.ErrSSLNotSupported)
+}
+
+// checkEncoding returns an error unless the database can hold every text.
+func checkEncoding(db *database) error {
+	var encoding string
+	if err := db.QueryRow(`SELECT current_setting('server_encoding')`).Scan(&encoding); err != nil {
+		return err
+	}
+	if encoding != "UTF8" {
+		return fmt.Errorf("the encoding of the database is %s, but has to be UTF8", encoding)
 	}
 	return nil
 }

@@ -48,9 +48,9 @@ FROM move_goods($1, $2, $3, $4)`
 SELECT lock_range($1, $2, $3, $4)`
 )
 
-// moveGoods leaves out a move over goods that another transaction has locked, so that it does not hold up the
-// others: they, and all creates, wait for the lock of the priorities. A request that is retried alone waits for the
-// goods, first without that lock, and then, for whatever was locked since, with it.
+// moveGoods leaves out a move over goods that another transaction has locked, so that it does not hold up
+// the others: they, and all creates, wait for the lock of the priorities. A request that is retried alone
+// waits for the goods, first without that lock, and then, for whatever was locked since, with it.
 func (s *service) moveGoods(requests []moveRequest, results []result[[]position], alone bool) error {
 	if alone {
 		q := requests[0]

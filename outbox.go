@@ -1,20 +1,14 @@
 package main
 
 import (
-	"context"
 	"database/sql"
 	_ "embed"
-	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"slices"
-	"strings"
-	"sync"
 	"time"
 
 	"github.com/lib/pq"
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
 
@@ -28,155 +22,6 @@ const (
 	requeueBatch = 10_000                 // rows of one statement
 )
 
-// stream is the service's stream in NATS: a work queue of messages, each of them a JSON array of events.
-// NATS may lose everything: an event stays in the outbox until ClickHouse holds it. All methods may be
-// called concurrently.
-type stream struct {
-	conn      *nats.Conn
-	js        jetstream.JetStream
-	namespace string
-	replicas  int
-	metrics   *metrics
-	log       *slog.Logger
-
-	mu        sync.Mutex      // guards what follows
-	lastError error           // of the connection, since it was made
-	noted     map[string]bool // the errors that were logged since
-}
-
-// openStream returns the stream of a namespace. It is connected to NATS, and again after each failure, in the
-// background. Only a bad URL is an error.
-func openStream(url, namespace string, replicas int, metrics *metrics, log *slog.Logger) (*stream, error) {
-	s := &stream{namespace: namespace, replicas: replicas, metrics: metrics, log: log, noted: map[string]bool{}}
-	conn, err := nats.Connect(url,
-		nats.Name("goods"),
-		nats.RetryOnFailedConnect(true),
-		nats.MaxReconnects(-1),
-		nats.IgnoreAuthErrorAbort(), // a password may be corrected
-		nats.ReconnectWait(500*time.Millisecond),
-		nats.ReconnectBufSize(-1), // what was not sent is still in the outbox
-		nats.Timeout(natsTimeout),
-		nats.PingInterval(time.Second), // a frozen server is left within three seconds
-		nats.MaxPingsOutstanding(2),
-		nats.ConnectHandler(func(*nats.Conn) { s.forgetErrors() }),
-		nats.ReconnectHandler(func(*nats.Conn) { s.forgetErrors() }),
-		nats.ReconnectErrHandler(func(_ *nats.Conn, err error) { s.noteError(err) }),
-		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) { s.noteError(err) }),
-		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { s.noteError(err) }))
-	if err != nil {
-		return nil, errors.New("NATS_URL cannot be used") // err may have a password in it
-	}
-	js, err := jetstream.New(conn, jetstream.WithPublishAsyncTimeout(natsTimeout))
-	if err != nil {
-		return nil, err
-	}
-	s.conn = conn
-	s.js = js
-	return s, nil
-}
-
-// noteError logs why the connection fails, or what NATS does not permit: each reason once, until there is a
-// new connection.
-func (s *stream) noteError(err error) {
-	if err == nil {
-		return
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.lastError = err
-	if !s.noted[err.Error()] {
-		s.noted[err.Error()] = true
-		s.log.Warn("nats connection", "err", err)
-	}
-}
-
-func (s *stream) forgetErrors() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.lastError = nil
-	clear(s.noted)
-}
-
-func (s *stream) name() string    { return strings.ToUpper(s.namespace) }
-func (s *stream) subject() string { return s.namespace + ".events" }
-
-// connected returns an error while there is no connection, with the reason.
-func (s *stream) connected() error {
-	if s.conn.IsConnected() {
-		return nil
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.lastError != nil {
-		return fmt.Errorf("%w: %w", nats.ErrDisconnected, s.lastError)
-	}
-	return nats.ErrDisconnected
-}
-
-func (s *stream) config() jetstream.StreamConfig {
-	return jetstream.StreamConfig{
-		Name:      s.name(),
-		Subjects:  []string{s.subject()},
-		Retention: jetstream.WorkQueuePolicy,
-		Discard:   jetstream.DiscardNew,
-		Storage:   jetstream.FileStorage,
-		MaxMsgs:   streamLimit,
-		Replicas:  s.replicas,
-	}
-}
-
-// checkOurs returns an error if a stream of our name belongs to another application. Nothing of that one is
-// changed.
-func (s *stream) checkOurs(found jetstream.StreamConfig) error {
-	if found.Retention == jetstream.WorkQueuePolicy && slices.Equal(found.Subjects, []string{s.subject()}) {
-		return nil
-	}
-	return fmt.Errorf("the stream %s belongs to another application (its subjects are %s): set NAMESPACE to another name",
-		s.name(), strings.Join(found.Subjects, ", "))
-}
-
-// prepare makes the stream what it has to be, and reports whether it had to be created.
-func (s *stream) prepare() (created bool, err error) {
-	if err := s.connected(); err != nil {
-		return false, err
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), natsTimeout)
-	defer cancel()
-	found, err := s.js.Stream(ctx, s.name())
-	if errors.Is(err, jetstream.ErrStreamNotFound) {
-		_, err = s.js.CreateStream(ctx, s.config())
-		return err == nil, err
-	}
-	if err != nil {
-		return false, err
-	}
-	if err := s.checkOurs(found.CachedInfo().Config); err != nil {
-		return false, err
-	}
-	_, err = s.js.UpdateStream(ctx, s.config())
-	return false, err
-}
-
-// ping reports whether the stream can be used.
-func (s *stream) ping(ctx context.Context) error {
-	if err := s.connected(); err != nil {
-		return err
-	}
-	found, err := s.js.Stream(ctx, s.name())
-	if err != nil {
-		return err
-	}
-	info := found.CachedInfo()
-	s.metrics.backlog.Store(int64(info.State.Msgs))
-	return s.checkOurs(info.Config)
-}
-
-// maxMessage returns how many bytes a message may have.
-func (s *stream) maxMessage() int {
-	const header = 512 // is enough for ours
-	return min(maxMessage, int(s.conn.MaxPayload())-header)
-}
-
 // relay publishes the events of the outbox. Any number of replicas may do so at once: each claims other
 // rows. It may be killed at any point: rows that were published, but are not marked, are published again.
 type relay struct {
@@ -189,7 +34,14 @@ type relay struct {
 }
 
 func newRelay(db *database, stream *stream, batch int, metrics *metrics, log *slog.Logger) *relay {
-	return &relay{db: db, stream: stream, batch: batch, log: log, metrics: metrics, written: make(chan struct{}, 1)}
+	return &relay{
+		db:      db,
+		stream:  stream,
+		batch:   batch,
+		log:     log,
+		metrics: metrics,
+		written: make(chan struct{}, 1),
+	}
 }
 
 // wake says that there are new events. It never blocks, and may be called concurrently.
@@ -259,12 +111,6 @@ type claimedEvent struct {
 	due  bool // it does not wait for others any more
 }
 
-// message is a batch of events, as it is published.
-type message struct {
-	ids  pq.Int64Array // of the rows
-	json []byte
-}
-
 // publish claims events, publishes them, and marks those that NATS has acknowledged. The rows stay locked
 // meanwhile. It reports whether there may be more.
 func (r *relay) publish() (more bool, err error) {
@@ -303,51 +149,42 @@ func (r *relay) publish() (more bool, err error) {
 	return more, err
 }
 
-// pack puts batch events into each message, or fewer where it would have more than maxBytes. The last
-// message is left out while more events may get into it.
-func pack(events []claimedEvent, batch, maxBytes int) []message {
-	var messages []message
-	var current message
+// pack divides events into messages of batch events, or fewer where there would be more than maxBytes. The
+// last message is left out while more events may get into it.
+func pack(events []claimedEvent, batch, maxBytes int) [][]claimedEvent {
+	var messages [][]claimedEvent
+	first, size := 0, 0
 	due := false
-	for _, e := range events {
-		full := len(current.ids) == batch || len(current.json)+len(e.json)+1 > maxBytes
-		if len(current.ids) > 0 && full {
-			messages = append(messages, current.close())
-			current = message{}
+	for i, e := range events {
+		if i-first == batch || i > first && size+len(e.json) > maxBytes {
+			messages = append(messages, events[first:i])
+			first, size = i, 0
 			due = false
 		}
-		current.add(e)
+		size += len(e.json) + 1 // a comma
 		due = due || e.due
 	}
-	if len(current.ids) == batch || due {
-		messages = append(messages, current.close())
+	if due || len(events)-first == batch {
+		messages = append(messages, events[first:])
 	}
 	return messages
 }
 
-func (m *message) add(e claimedEvent) {
-	separator := byte(',')
-	if len(m.ids) == 0 {
-		separator = '['
-	}
-	m.ids = append(m.ids, e.id)
-	m.json = append(m.json, separator)
-	m.json = append(m.json, e.json...)
-}
-
-func (m *message) close() message {
-	return message{ids: m.ids, json: append(m.json, ']')}
-}
-
 // publishAll publishes messages, and returns the rows of those that NATS has acknowledged. The error is the
 // last one.
-func (r *relay) publishAll(messages []message) (published pq.Int64Array, err error) {
+func (r *relay) publishAll(messages [][]claimedEvent) (published pq.Int64Array, err error) {
 	acks := make([]jetstream.PubAckFuture, len(messages))
-	for i, m := range messages {
-		// With the name, another stream that has our subject cannot swallow it.
-		ack, publishErr := r.stream.js.PublishAsync(r.stream.subject(), m.json, jetstream.WithExpectStream(r.stream.name()))
+	ours := jetstream.WithExpectStream(r.stream.name()) // another one that has our subject must not swallow them
+	for i, events := range messages {
+		var b []byte
+		for _, e := range events {
+			b = append(append(b, ','), e.json...)
+		}
+		b[0] = '['
+		b = append(b, ']')
+		ack, publishErr := r.stream.js.PublishAsync(r.stream.subject(), b, ours)
 		if publishErr != nil {
-			err = fmt.Errorf("publish %d bytes: %w", len(m.json), publishErr)
+			err = fmt.Errorf("publish %d bytes: %w", len(b), publishErr)
 			continue
 		}
 		acks[i] = ack
@@ -358,7 +195,9 @@ func (r *relay) publishAll(messages []message) (published pq.Int64Array, err err
 		}
 		select {
 		case <-ack.Ok():
-			published = append(published, messages[i].ids...)
+			for _, e := range messages[i] {
+				published = append(published, e.id)
+			}
 		case ackErr := <-ack.Err(): // after natsTimeout, at the latest
 			err = fmt.Errorf("publish: %w", ackErr)
 		}

@@ -3,13 +3,9 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/tls"
 	"database/sql"
 	"database/sql/driver"
-	"errors"
 	"fmt"
-	"io/fs"
-	"log/slog"
 	"net"
 	"strconv"
 	"strings"
@@ -18,7 +14,6 @@ import (
 	"time"
 
 	"github.com/lib/pq"
-	"github.com/lib/pq/pqerror"
 )
 
 const (
@@ -302,59 +297,4 @@ func markConnectionError(err error) error {
 		return err
 	}
 	return fmt.Errorf("%w: %w", driver.ErrBadConn, err)
-}
-
-// awaitPostgres waits until the server answers, or ctx ends, for about limit. What waiting cannot cure is
-// an error at once.
-func awaitPostgres(ctx context.Context, db *database, limit time.Duration, log *slog.Logger) error {
-	start := time.Now()
-	for attempt := 0; ; attempt++ {
-		_, err := db.Exec(`SELECT 1`) // Ping would hide the server's words
-		if err == nil || permanent(err) {
-			return err
-		}
-		if ctx.Err() != nil {
-			return fmt.Errorf("%w: %w", ctx.Err(), err)
-		}
-		if took := time.Since(start); took >= limit {
-			return fmt.Errorf("cannot be used after %v: %w", took.Round(100*time.Millisecond), err)
-		}
-		if attempt == 0 {
-			log.Warn("waiting for postgres", "limit", limit.String(), "err", err)
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(250 * time.Millisecond):
-		}
-	}
-}
-
-// permanent reports whether an error of connecting stays until somebody changes something: the server's
-// refusals, such as a wrong password or an unknown parameter, and whatever has nothing to do with the
-// network.
-func permanent(err error) bool {
-	if e := pq.As(err); e != nil {
-		switch e.Code.Class() {
-		case pqerror.ClassConnectionException:
-			return e.Code == pqerror.ProtocolViolation // PgBouncer: unsupported startup parameter
-		case pqerror.ClassInsufficientResources, pqerror.ClassOperatorIntervention:
-			return false // full, or just starting
-		}
-		return true
-	}
-	var certificate *tls.CertificateVerificationError
-	var file *fs.PathError
-	return errors.As(err, &certificate) || errors.As(err, &file) || errors.Is(err, pq.ErrSSLNotSupported)
-}
-
-// checkEncoding returns an error unless the database can hold every text.
-func checkEncoding(db *database) error {
-	var encoding string
-	if err := db.QueryRow(`SELECT current_setting('server_encoding')`).Scan(&encoding); err != nil {
-		return err
-	}
-	if encoding != "UTF8" {
-		return fmt.Errorf("the encoding of the database is %s, but has to be UTF8", encoding)
-	}
-	return nil
 }

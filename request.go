@@ -83,8 +83,8 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	return body, control.SetReadDeadline(time.Time{})
 }
 
-// ignoreBody drops a body that has arrived. The reply does not wait for one that has not: the connection ends with it
-// instead.
+// ignoreBody drops a body that has arrived. The reply does not wait for one that has not: the connection
+// ends with it instead.
 func ignoreBody(w http.ResponseWriter, r *http.Request) {
 	control := http.NewResponseController(w)
 	err := control.SetReadDeadline(time.Now().Add(time.Millisecond))

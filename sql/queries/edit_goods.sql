@@ -2,7 +2,7 @@
 -- twice; a null leaves a column as it is. Every request gets a row, with n, its
 -- place in the array from 1, and an outcome:
 --
---   edited   the good follows, as it is now
+--   edited   the good follows, as it is now; else the rest of the row is empty
 --   changed  the good no longer has the version that the request names
 --   locked   another transaction holds the good
 --   missing  there is no such good, or it is removed
@@ -46,7 +46,8 @@ SELECT r.n,
             WHEN p.n IS NOT NULL THEN 'locked'
             ELSE 'missing'
        END AS outcome,
-       e.id, e.project_id, e.name, e.description, e.priority, e.removed, e.created_at, e.version
+       coalesce(e.id, 0), coalesce(e.project_id, 0), coalesce(e.name, ''), coalesce(e.description, ''),
+       coalesce(e.priority, 0), coalesce(e.removed, false), coalesce(e.created_at, 'epoch'), coalesce(e.version, 0)
 FROM request AS r
 LEFT JOIN present AS p ON p.n = r.n
 LEFT JOIN locked AS l ON l.n = r.n

@@ -1,0 +1,164 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// stream is the service's stream in NATS: a work queue of messages, each of them a JSON array of events.
+// NATS may lose everything: an event stays in the outbox until ClickHouse holds it. All methods may be
+// called concurrently.
+type stream struct {
+	conn      *nats.Conn
+	js        jetstream.JetStream
+	namespace string
+	replicas  int
+	metrics   *metrics
+	log       *slog.Logger
+
+	mu        sync.Mutex      // guards what follows
+	lastError error           // of the connection, since it was made
+	noted     map[string]bool // the errors that were logged since
+}
+
+// openStream returns the stream of a namespace. It is connected to NATS, and again after each failure, in the
+// background. Only a bad URL is an error.
+func openStream(url, namespace string, replicas int, metrics *metrics, log *slog.Logger) (*stream, error) {
+	s := &stream{namespace: namespace, replicas: replicas, metrics: metrics, log: log, noted: map[string]bool{}}
+	conn, err := nats.Connect(url,
+		nats.Name("goods"),
+		nats.RetryOnFailedConnect(true),
+		nats.MaxReconnects(-1),
+		nats.IgnoreAuthErrorAbort(), // a password may be corrected
+		nats.ReconnectWait(500*time.Millisecond),
+		nats.ReconnectBufSize(-1), // what was not sent is still in the outbox
+		nats.Timeout(natsTimeout),
+		nats.PingInterval(time.Second), // a frozen server is left within three seconds
+		nats.MaxPingsOutstanding(2),
+		nats.ConnectHandler(func(*nats.Conn) { s.forgetErrors() }),
+		nats.ReconnectHandler(func(*nats.Conn) { s.forgetErrors() }),
+		nats.ReconnectErrHandler(func(_ *nats.Conn, err error) { s.noteError(err) }),
+		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) { s.noteError(err) }),
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { s.noteError(err) }))
+	if err != nil {
+		return nil, errors.New("NATS_URL cannot be used") // err may have a password in it
+	}
+	js, err := jetstream.New(conn, jetstream.WithPublishAsyncTimeout(natsTimeout))
+	if err != nil {
+		return nil, err
+	}
+	s.conn = conn
+	s.js = js
+	return s, nil
+}
+
+// noteError logs why the connection fails, or what NATS does not permit: each reason once, until there is a
+// new connection.
+func (s *stream) noteError(err error) {
+	if err == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lastError = err
+	if !s.noted[err.Error()] {
+		s.noted[err.Error()] = true
+		s.log.Warn("nats connection", "err", err)
+	}
+}
+
+func (s *stream) forgetErrors() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lastError = nil
+	clear(s.noted)
+}
+
+func (s *stream) name() string    { return strings.ToUpper(s.namespace) }
+func (s *stream) subject() string { return s.namespace + ".events" }
+
+// connected returns an error while there is no connection, with the reason.
+func (s *stream) connected() error {
+	if s.conn.IsConnected() {
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.lastError != nil {
+		return fmt.Errorf("%w: %w", nats.ErrDisconnected, s.lastError)
+	}
+	return nats.ErrDisconnected
+}
+
+func (s *stream) config() jetstream.StreamConfig {
+	return jetstream.StreamConfig{
+		Name:      s.name(),
+		Subjects:  []string{s.subject()},
+		Retention: jetstream.WorkQueuePolicy,
+		Discard:   jetstream.DiscardNew,
+		Storage:   jetstream.FileStorage,
+		MaxMsgs:   streamLimit,
+		Replicas:  s.replicas,
+	}
+}
+
+// checkOurs returns an error if a stream of our name belongs to another application. Nothing of that one is
+// changed.
+func (s *stream) checkOurs(found jetstream.StreamConfig) error {
+	if found.Retention == jetstream.WorkQueuePolicy && slices.Equal(found.Subjects, []string{s.subject()}) {
+		return nil
+	}
+	return fmt.Errorf("the stream %s belongs to another application (its subjects are %s): "+
+		"set NAMESPACE to another name", s.name(), strings.Join(found.Subjects, ", "))
+}
+
+// prepare makes the stream what it has to be, and reports whether it had to be created.
+func (s *stream) prepare() (created bool, err error) {
+	if err := s.connected(); err != nil {
+		return false, err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), natsTimeout)
+	defer cancel()
+	found, err := s.js.Stream(ctx, s.name())
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		_, err = s.js.CreateStream(ctx, s.config())
+		return err == nil, err
+	}
+	if err != nil {
+		return false, err
+	}
+	if err := s.checkOurs(found.CachedInfo().Config); err != nil {
+		return false, err
+	}
+	_, err = s.js.UpdateStream(ctx, s.config())
+	return false, err
+}
+
+// ping reports whether the stream can be used.
+func (s *stream) ping(ctx context.Context) error {
+	if err := s.connected(); err != nil {
+		return err
+	}
+	found, err := s.js.Stream(ctx, s.name())
+	if err != nil {
+		return err
+	}
+	info := found.CachedInfo()
+	s.metrics.backlog.Store(int64(info.State.Msgs))
+	return s.checkOurs(info.Config)
+}
+
+// maxMessage returns how many bytes a message may have.
+func (s *stream) maxMessage() int {
+	const header = 512 // is enough for ours
+	return min(maxMessage, int(s.conn.MaxPayload())-header)
+}
