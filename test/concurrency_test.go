@@ -60,10 +60,10 @@ func TestManyClients(t *testing.T) {
 	}
 }
 
-// A move renumbers at most 20,000 goods within a request's time, and says so of a longer one.
+// A move renumbers at most 10,000 goods within a request's time, and says so of a longer one.
 func TestLongMove(t *testing.T) {
 	w, a := started(t, "EVENTS_BATCH=1000")
-	const most = 20_000
+	const most = 10_000
 	makeGoods(t, w, most+2)
 	details := refused(t, a, 2, "PATCH", "/goods/reprioritize"+target(most+2), somePlace)
 	harness.Equal(t, strings.Contains(details["newPriority"], fmt.Sprint(most)), true, "the limit is in the details %v", details)
