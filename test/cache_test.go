@@ -87,14 +87,96 @@ func TestStrangeValuesInRedis(t *testing.T) {
 
 	p := w.NewProxy(t, "REDIS_URL")
 	for _, nonsense := range []string{
-		"*2\r\n$3\r\nfoo\r\n:12\r\n?nonsense\r\n", "HTTP/1.1 400 Bad Request\r\n\r\n", "-LOADING\r\n", ":1\r\n:1\r\n", "*1\r\n$-1\r\n",
+		"*2\r\n$3\r\nfoo\r\n:12\r\n?nonsense\r\n", "HTTP/1.1 400 Bad Request\r\n\r\n", "-LOADING\r\n",
+		":1\r\n:1\r\n", "*1\r\n$-1\r\n",
 	} {
 		p.Spoil(harness.Forward, func(to net.Conn, _ []byte) error { return harness.Forward(to, []byte(nonsense)) })
 		b := w.Start(t)
 		harness.Equal(t, b.List(t, 10, 1), page, "a list with %q from Redis", nonsense)
 		page.Goods[5].Name += "+"
 		body := fmt.Sprintf(`{"name":%q}`, page.Goods[5].Name)
-		harness.Equal(t, harness.Want[harness.Good](t, b, 200, "PATCH", "/goods/update"+target(6), body), page.Goods[5], "update")
+		updated := harness.Want[harness.Good](t, b, 200, "PATCH", "/goods/update"+target(6), body)
+		harness.Equal(t, updated, page.Goods[5], "update")
 		harness.Equal(t, b.List(t, 10, 1), page, "the next list with %q from Redis", nonsense)
 	}
+}
+
+// A Redis that never finishes the TLS handshake delays lists no more than one that is frozen later.
+func TestSilentTLSRedis(t *testing.T) {
+	t.Parallel()
+	w := harness.NewWorld(t)
+	silent, err := net.Listen("tcp", "127.0.0.1:0") // the kernel accepts, nobody answers
+	harness.Must(t, err)
+	defer silent.Close()
+	a := w.Start(t, "REDIS_URL=rediss://"+silent.Addr().String()+"/0")
+	a.Stock(t, 3)
+	for begin := time.Now(); time.Since(begin) < 5*time.Second; {
+		harness.Together(8, func(int) {
+			asked := time.Now()
+			harness.Equal(t, a.List(t, 10, 1).Meta.Total, 3, "goods")
+			if took := time.Since(asked); took > 2*time.Second {
+				t.Errorf("a list took %v", took)
+			}
+		})
+	}
+	ready(t, a, "redis")
+}
+
+// A Redis that answers pings but not what lists need is down, and the log says why.
+func TestRedisThatRefusesCommands(t *testing.T) {
+	t.Parallel()
+	withoutSlots, _ := harness.NewRedis(t, "--cluster-enabled", "yes")
+	cluster, _ := harness.NewRedis(t, "--cluster-enabled", "yes")
+	conn, err := redis.Dial("tcp", cluster)
+	harness.Must(t, err)
+	defer conn.Close()
+	_, err = conn.Do("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+	harness.Must(t, err)
+	harness.Eventually(t, 15*time.Second, func() error {
+		_, err := conn.Do("GET", "any")
+		return err
+	})
+	shared := harness.NewWorld(t)
+	for name, test := range map[string]struct{ address, rights, cause string }{
+		"cluster without slots":   {withoutSlots, "", "CLUSTERDOWN"},
+		"cluster":                 {cluster, "", "CROSSSLOT"},
+		"may not MGET":            {"", "~* +@all -mget", "NOPERM"},
+		"may not SET":             {"", "~* +@all -set", "NOPERM"},
+		"may not use these keys":  {"", "~others:* +@all", "NOPERM"},
+		"read only for this user": {"", "%R~* +@all", "NOPERM"},
+		"wrong password":          {"", "resetpass", "WRONGPASS"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := harness.NewWorld(t)
+			value := "redis://" + test.address + "/0"
+			if test.rights != "" {
+				user := w.Namespace
+				rule := append([]any{"SETUSER", user, "on", ">" + secret}, words(test.rights)...)
+				shared.Redis(t, "ACL", rule...)
+				t.Cleanup(func() { shared.Redis(t, "ACL", "DELUSER", user) })
+				value = withUser(t, w.Env["REDIS_URL"], user)
+			}
+			a := w.Start(t, "REDIS_URL="+value)
+			a.Stock(t, 3)
+			for range 3 {
+				harness.Equal(t, a.List(t, 10, 1).Meta.Total, 3, "goods")
+			}
+			ready(t, a, "redis")
+			warned(t, a, `"msg":"failing","name":"redis"`, test.cause)
+			harness.Equal(t, inLog(a, "failing", "redis"), 1, "failures of Redis in the log")
+			if test.rights != "" {
+				shared.Redis(t, "ACL", "SETUSER", w.Namespace, "~*", "+@all", ">"+secret)
+				ready(t, a)
+			}
+		})
+	}
+}
+
+// words returns the words of s as arguments of a command.
+func words(s string) (arguments []any) {
+	for _, word := range strings.Fields(s) {
+		arguments = append(arguments, word)
+	}
+	return arguments
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -48,10 +49,14 @@ func makeGoods(t testing.TB, w *harness.World, n int) {
 // Unless told otherwise, five are a batch. What is fewer than that does not wait for more than a second.
 func TestEventsFiveAtATime(t *testing.T) {
 	t.Parallel()
-	for batch, want := range map[string][]uint64{"": {3, 5, 5, 5, 5}, "1": slices.Repeat([]uint64{1}, 23), "1000": {23}} {
+	for batch, want := range map[string][]uint64{
+		"":     {3, 5, 5, 5, 5},
+		"1":    slices.Repeat([]uint64{1}, 23),
+		"1000": {23},
+	} {
 		w := harness.NewWorld(t)
 		w.Start(t, "EVENTS_BATCH="+batch)
-		// Writes by hand are logged like any other.
+		// Writes by hand are logged like all others.
 		w.Exec(t, `
 INSERT INTO goods (project_id, name) SELECT 1, n::text FROM generate_series(1, 13) AS n;
 UPDATE goods SET removed = true WHERE id <= 10`)
@@ -73,11 +78,11 @@ func TestEventsLostByNATS(t *testing.T) {
 	// The same while the service runs, and nothing is written afterwards that could show the loss.
 	lose := func(how func() error) {
 		t.Helper()
-		harness.Must(t, w.ClickHouse.Exec(t.Context(), `RENAME TABLE goods_log TO away`))
+		show := w.HideLog(t)
 		w.Exec(t, `UPDATE goods SET name = name || '+'`)
 		published(t, w)
 		harness.Must(t, how())
-		harness.Must(t, w.ClickHouse.Exec(t.Context(), `RENAME TABLE away TO goods_log`))
+		show()
 	}
 	lose(func() error { return w.JS.DeleteStream(t.Context(), w.Stream()) })
 	harness.Equal(t, w.Settled(t, 30*time.Second), 24, "events")
@@ -104,7 +109,9 @@ func TestKilledBetweenInsertAndAck(t *testing.T) {
 	b := w.Start(t)
 	inserted := func(times int) {
 		t.Helper()
-		harness.AwaitEqual(t, 30*time.Second, func() bool { return len(insertSizes(t, w)) >= times }, true, "%d INSERTs or more", times)
+		harness.AwaitEqual(t, 30*time.Second, func() bool {
+			return len(insertSizes(t, w)) >= times
+		}, true, "%d INSERTs or more", times)
 	}
 	inserted(1)
 	harness.Must(t, b.Process.Kill())
@@ -122,12 +129,16 @@ func TestGarbageInTheStream(t *testing.T) {
 	w.Settled(t, 15*time.Second)
 	const event = `"id":1,"good_id":1,"project_id":1,"version":1,"event_time":"2026-01-02T15:04:05Z"`
 	garbage := []string{
-		"", "no event \x00\xff", "null", "[]", "{}", "1", `"text"`, "[", "[1]", strings.Repeat("x", 100_000), "{" + event + "}",
+		"", "no event \x00\xff", "null", "[]", "{}", "1", `"text"`, "[", "[1]", strings.Repeat("x", 100_000),
+		"{" + event + "}",
 	}
 	for _, change := range [][2]string{
-		{`"id":1,`, ``}, {`"id":1`, `"id":-1`}, {`"good_id":1`, `"good_id":"1"`}, {`"good_id":1`, `"good_id":99999999999`},
+		{`"id":1,`, ``}, {`"id":1`, `"id":-1`},
+		{`"good_id":1`, `"good_id":"1"`}, {`"good_id":1`, `"good_id":99999999999`},
 		{`"project_id":1`, `"project_id":0`}, {`"version":1`, `"version":-1`},
-		{`2026-01-02T15:04:05Z`, `1906-01-02T15:04:05Z`}, {`2026-01-02T15:04:05Z`, `2206-01-02T15:04:05Z`}, {`2026-01-02T15:04:05Z`, `yesterday`},
+		{`2026-01-02T15:04:05Z`, `1906-01-02T15:04:05Z`},
+		{`2026-01-02T15:04:05Z`, `2206-01-02T15:04:05Z`},
+		{`2026-01-02T15:04:05Z`, `yesterday`},
 	} {
 		garbage = append(garbage, "[{"+strings.Replace(event, change[0], change[1], 1)+"}]")
 	}
@@ -139,6 +150,111 @@ func TestGarbageInTheStream(t *testing.T) {
 	left := func() uint64 { return stream(t, w).CachedInfo().State.Msgs }
 	harness.AwaitEqual(t, 30*time.Second, left, 0, "messages in the stream")
 	harness.Equal(t, w.Settled(t, 30*time.Second), 2, "events")
-	a.AwaitLines(t, "message thrown away", len(garbage))
-	harness.Equal(t, int(value(t, a, "goods_events_thrown_away_total", "")), len(garbage), "messages thrown away")
+	a.AwaitLines(t, "message rejected", len(garbage))
+	harness.Equal(t, int(value(t, a, "goods_events_rejected_total", "")), len(garbage), "messages rejected")
+}
+
+// A message may carry the number of another event's row in the outbox: it is forged, of another deployment, or of a
+// future that a restored Postgres has not had. Only a row that is its event goes.
+func TestForgedMessages(t *testing.T) {
+	for name, forged := range map[string]string{ // in place of what is true
+		"numbers of other goods":    `jsonb_build_object('id', id - 1) FROM outbox AS o WHERE id % 2 = 0`,
+		"numbers of other versions": `jsonb_build_object('id', id + 6) FROM outbox AS o WHERE id <= 6`,
+		"other times":               `jsonb_build_object('event_time', event_time + interval '1 ms') FROM outbox AS o`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			w, a := started(t, nowhere)
+			makeGoods(t, w, 6)
+			w.Exec(t, `UPDATE goods SET name = name || '+'`) // rows 7 to 12
+			published(t, w)
+			harness.Must(t, a.Stop())
+			harness.Must(t, stream(t, w).Purge(t.Context())) // the true messages are lost
+			message := harness.One[[]byte](t, w, `
+SELECT json_agg(event) FROM (SELECT to_jsonb(o) - 'published_at' || `+forged+`) AS e (event)`)
+			_, err := w.JS.Publish(t.Context(), w.Subject(), message)
+			harness.Must(t, err)
+
+			b := w.Start(t)
+			harness.AwaitEqual(t, 30*time.Second, func() uint64 {
+				info, err := stream(t, w).Info(t.Context())
+				harness.Must(t, err)
+				return info.State.Msgs
+			}, 0, "messages in the stream")
+			harness.Equal(t, harness.One[int](t, w, `SELECT count(*) FROM outbox`), 12, "rows of the outbox")
+			b.Create(t, "another")
+			harness.AwaitEqual(t, time.Minute, func() int {
+				// As if half a minute had passed.
+				w.Exec(t, `UPDATE outbox SET published_at = published_at - interval '1 hour'`)
+				return harness.One[int](t, w, `SELECT count(*) FROM outbox`)
+			}, 0, "events in the outbox")
+			harness.Equal(t, w.Settled(t, time.Second), 13, "events")
+		})
+	}
+}
+
+// A ClickHouse that was emptied while the service runs gets its table again.
+func TestTableDropped(t *testing.T) {
+	w, a := started(t)
+	ready(t, a)
+	for n := range 2 {
+		harness.Must(t, w.ClickHouse.Exec(t.Context(), `DROP TABLE goods_log`))
+		w.Exec(t, `UPDATE goods SET name = name || '+'`)
+		a.Create(t, "one")
+		ready(t, a)
+		harness.AwaitEqual(t, 30*time.Second, func() int {
+			return harness.One[int](t, w, `SELECT count(*) FROM outbox`)
+		}, 0, "events in the outbox")
+		var rows uint64
+		harness.Must(t, w.ClickHouse.QueryRow(t.Context(), `SELECT count() FROM goods_log FINAL`).Scan(&rows))
+		harness.Equal(t, rows, uint64(n+1), "events since the table was dropped")
+	}
+}
+
+// The times of versions are taken when their locks are held, so they never run backwards, however long a call waited.
+func TestTimesOfVersions(t *testing.T) {
+	w, a := started(t, "NATS_URL=nats://127.0.0.1:1") // the outbox keeps its rows
+	a.Stock(t, 4)
+	waiting := []struct{ method, path, body string }{
+		{"POST", create, someName},
+		{"PATCH", "/goods/reprioritize" + target(4), somePlace},
+		{"PATCH", "/goods/update" + target(2), someName},
+		{"DELETE", "/goods/remove" + target(3), ""},
+	}
+	tx := w.Hold(t, `SELECT lock_priorities(); SELECT FROM goods WHERE id IN (2, 3) FOR UPDATE`)
+	var running sync.WaitGroup
+	for _, call := range waiting {
+		running.Go(func() {
+			if r := a.Call(t, call.method, call.path, call.body); r.Status > 201 {
+				t.Errorf("%s: got %d %s", call.path, r.Status, r.Body)
+			}
+		})
+	}
+	harness.AwaitEqual(t, 2*time.Second, func() bool {
+		return harness.One[int](t, w, `
+SELECT count(*)
+FROM pg_stat_activity
+WHERE datname = current_database() AND wait_event_type = 'Lock'`) >= 3 // the last two may be in one batch
+	}, true, "the calls wait")
+	w.Exec(t, `UPDATE goods SET name = 'by hand' WHERE id = 4`) // while the move of this good waits
+	last := harness.One[int](t, w, `SELECT max(id) FROM outbox`)
+	released := harness.One[string](t, w, `SELECT clock_timestamp()::text`)
+	harness.Must(t, tx.Rollback())
+	running.Wait()
+
+	harness.Equal(t, harness.One[int](t, w, `
+SELECT count(*)
+FROM (SELECT event_time < lag(event_time) OVER (PARTITION BY good_id ORDER BY version) AS older FROM outbox) AS o
+WHERE older`), 0, "versions that are older than the one before")
+	harness.Equal(t, harness.One[int](t, w, fmt.Sprintf(`
+SELECT count(*) FROM outbox WHERE id > %d AND event_time < '%s'`, last, released)), 0,
+		"versions that are older than their locks")
+	harness.Equal(t, harness.One[int](t, w, fmt.Sprintf(`
+SELECT count(*) FROM goods WHERE id = 5 AND created_at < '%s'`, released)), 0,
+		"new goods that are older than their locks")
+
+	last = harness.One[int](t, w, `SELECT max(id) FROM outbox`)
+	w.Exec(t, `UPDATE goods SET name = name || '+'`)
+	harness.Equal(t, harness.One[string](t, w, fmt.Sprintf(`
+SELECT concat_ws(' ', count(*), count(DISTINCT event_time)) FROM outbox WHERE id > %d`, last)), "5 1",
+		"events and moments of one statement")
 }

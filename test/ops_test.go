@@ -160,3 +160,24 @@ func TestServerLimits(t *testing.T) {
 		})
 	}
 }
+
+// An outbox that cannot be looked at, or only slowly, is no reason to take the service for down: lists work all the
+// same. Here it is being rewritten by hand; the fault tests have one with a million dead rows.
+func TestOutboxOutOfReach(t *testing.T) {
+	w, a := started(t)
+	ready(t, a)
+	w.Hold(t, `LOCK TABLE outbox IN ACCESS EXCLUSIVE MODE`)
+	for begin := time.Now(); time.Since(begin) < 8*time.Second; <-time.After(100 * time.Millisecond) {
+		asked := time.Now()
+		r := a.Call(t, "GET", "/readyz", "")
+		if r.Status != 200 || !strings.Contains(r.Body, `"postgres":"up"`) {
+			t.Fatalf("/readyz after %v: %d %s", time.Since(begin), r.Status, r.Body)
+		}
+		value(t, a, "goods_outbox_rows", "")
+		a.List(t, 10, 1)
+		if took := time.Since(asked); took > 2*time.Second {
+			t.Errorf("/readyz, /metrics and a list took %v", took)
+		}
+	}
+	harness.Equal(t, inLog(a, "failing", "postgres"), 0, "failures of Postgres in the log")
+}

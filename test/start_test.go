@@ -262,6 +262,46 @@ func TestShutdown(t *testing.T) {
 	harness.Equal(t, w.Settled(t, 15*time.Second), 1, "events")
 }
 
+// Connections that ask nothing hold nobody up, and neither does what the start waits for.
+func TestShutdownWaitsForNobody(t *testing.T) {
+	w, a := started(t)
+	for i := range 20 {
+		c, err := net.Dial("tcp", strings.TrimPrefix(a.URL, "http://"))
+		harness.Must(t, err)
+		defer c.Close()
+		if i%2 == 0 { // keeps its connection after a reply; the others have never said anything
+			_, err = c.Write([]byte("GET /healthz HTTP/1.1\r\nHost: goods\r\n\r\n"))
+			harness.Must(t, err)
+			_, err = c.Read(make([]byte, 1))
+			harness.Must(t, err)
+		}
+	}
+	ends := func(a *harness.App, limit time.Duration, how string) {
+		t.Helper()
+		begin := time.Now()
+		_ = a.Stop() // one that has not yet listened may call it an error
+		if took := time.Since(begin); took > limit {
+			t.Errorf("%s: ended after %v, want %v", how, took, limit)
+		}
+	}
+	ends(a, 3*time.Second, "with silent and idle connections")
+
+	w = harness.NewWorld(t) // where migrations are to be applied
+	tx := w.Hold(t, `SELECT pg_advisory_xact_lock(hashtext('goods.migrations'))`)
+	b := w.Launch(t)
+	awaitLock(t, w)
+	ends(b, 3*time.Second, "waiting for another's migrations")
+	harness.Must(t, tx.Rollback())
+
+	p := w.NewProxy(t, "POSTGRES_URL")
+	for how, fail := range map[string]func(){"shut": p.Shut, "frozen": func() { t.Cleanup(p.Freeze()) }} {
+		fail()
+		c := w.Launch(t)
+		c.AwaitLines(t, "waiting for postgres", 1)
+		ends(c, 3*time.Second, "waiting for a Postgres that is "+how)
+	}
+}
+
 // What the triggers promise holds for whoever writes, also by hand.
 func TestWritesByHand(t *testing.T) {
 	t.Parallel()

@@ -81,6 +81,9 @@ func (w *World) Launch(t testing.TB, overrides ...string) *App {
 	Must(t, err)
 	defer log.Close()
 	cmd.Stdout, cmd.Stderr = log, log
+	if w.Stdout != nil {
+		cmd.Stdout = w.Stdout
+	}
 	Must(t, cmd.Start())
 	a.Process = cmd.Process
 	a.Stop = sync.OnceValue(func() error {
@@ -94,9 +97,10 @@ func (w *World) Launch(t testing.TB, overrides ...string) *App {
 			t.Error("the service had a data race or a panic")
 		}
 		if t.Failed() {
-			lines := slices.DeleteFunc(strings.Split(a.Log(), "\n"), func(line string) bool { // it went well
+			wentWell := func(line string) bool {
 				return strings.Contains(line, `"msg":"request"`) && strings.Contains(line, `"err":null`)
-			})
+			}
+			lines := slices.DeleteFunc(strings.Split(a.Log(), "\n"), wentWell)
 			t.Logf("log of the service:\n%s", strings.Join(lines[max(0, len(lines)-100):], "\n"))
 		}
 	})
@@ -116,8 +120,8 @@ func (a *App) Log() string {
 	return string(text)
 }
 
-// AwaitLines waits for n entries of the log with this message, and returns them. What the service logs arrives a moment
-// later than what it answers.
+// AwaitLines waits for n entries of the log with this message, and returns them. What the service logs arrives a
+// moment later than what it answers.
 func (a *App) AwaitLines(t testing.TB, message string, n int) (found []map[string]any) {
 	t.Helper()
 	Eventually(t, 30*time.Second, func() error {
@@ -148,8 +152,8 @@ func (a *App) Ready() error {
 // Client keeps enough connections for every test.
 var Client = &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 256}}
 
-// Try sends one request, with header lines such as "Idempotency-Key: x". Whatever is answered must be as openapi.yaml
-// says, or the test fails.
+// Try sends one request, with header lines such as "Idempotency-Key: x". Whatever is answered must be as
+// openapi.yaml says, or the test fails.
 func (a *App) Try(method, path, body string, header ...string) (r Reply, err error) {
 	a.t.Helper()
 	request, err := http.NewRequest(method, a.URL+path, strings.NewReader(body))
@@ -201,7 +205,8 @@ func Want[T any](t testing.TB, a *App, status int, method, path, body string, he
 // Create creates a good in project 1.
 func (a *App) Create(t testing.TB, name string) Good {
 	t.Helper()
-	return Want[Good](t, a, http.StatusCreated, "POST", "/goods/create?projectId=1", fmt.Sprintf(`{"name":%q}`, name))
+	body := fmt.Sprintf(`{"name":%q}`, name)
+	return Want[Good](t, a, http.StatusCreated, "POST", "/goods/create?projectId=1", body)
 }
 
 // Stock creates n goods, named 1 to n.

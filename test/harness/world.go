@@ -49,7 +49,8 @@ func Main(m *testing.M) {
 	}
 	program = filepath.Join(dir, "goods")
 	build := exec.Command("go", "build", "-buildvcs=false", "-o", program)
-	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+	race := debug.BuildSetting{Key: "-race", Value: "true"}
+	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, race) {
 		build.Args = append(build.Args, "-race")
 	}
 	build.Dir = root()
@@ -85,9 +86,10 @@ type World struct {
 	DB         *sql.DB
 	JS         jetstream.JetStream
 	ClickHouse clickhouse.Conn
-	Unchecked  bool   // replies are not compared with openapi.yaml
-	Program    string // another build than the one under test, if not empty
-	redisURL   string // without a proxy
+	Unchecked  bool     // replies are not compared with openapi.yaml
+	Program    string   // another build than the one under test, if not empty
+	Stdout     *os.File // where the service logs to, if not into a file of the App
+	redisURL   string   // without a proxy
 }
 
 // NewWorld makes a world on the servers that the environment names, changed by overrides such as "REDIS_URL=…". It is
@@ -206,6 +208,23 @@ func One[T any](t testing.TB, w *World, query string) T {
 		t.Fatalf("%s: %v", query, err)
 	}
 	return v
+}
+
+// HideLog puts another table in the place of goods_log, which refuses every event, until the function that it returns
+// is called.
+func (w *World) HideLog(t testing.TB) (show func()) {
+	t.Helper()
+	exec := func(statement string) {
+		t.Helper()
+		Must(t, w.ClickHouse.Exec(context.Background(), statement))
+	}
+	exec(`CREATE TABLE goods_log_other (Nothing UInt8) ENGINE = Memory`)
+	exec(`RENAME TABLE goods_log TO goods_log_hidden, goods_log_other TO goods_log`)
+	return func() {
+		t.Helper()
+		exec(`RENAME TABLE goods_log TO goods_log_other, goods_log_hidden TO goods_log`)
+		exec(`DROP TABLE goods_log_other`)
+	}
 }
 
 // Redis runs a command on Redis.

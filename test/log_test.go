@@ -1,0 +1,131 @@
+package test
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"goods/test/harness"
+)
+
+// startIntoPipe starts a service whose standard output is a pipe, at the level debug: each request is a line. It returns
+// the other end of the pipe, after the line that tells where the service listens.
+func startIntoPipe(t *testing.T) (*harness.App, *bufio.Reader, *os.File) {
+	t.Helper()
+	t.Parallel()
+	w := harness.NewWorld(t)
+	reader, writer, err := os.Pipe()
+	harness.Must(t, err)
+	t.Cleanup(func() { reader.Close() })
+	w.Stdout = writer
+	a := w.Launch(t)
+	harness.Must(t, writer.Close())
+	lines := bufio.NewReader(reader)
+	for a.URL == "" {
+		harness.Must(t, reader.SetReadDeadline(time.Now().Add(30*time.Second)))
+		line, err := lines.ReadBytes('\n')
+		harness.Must(t, err)
+		var entry struct{ Msg, Addr string }
+		_ = json.Unmarshal(line, &entry) // what is no JSON does not tell it
+		if entry.Msg == "listening" {
+			a.URL = "http://" + entry.Addr
+		}
+	}
+	return a, lines, reader
+}
+
+// quick makes n calls, each of which must be answered soon.
+func quick(t *testing.T, a *harness.App, n int) {
+	t.Helper()
+	for i := range n {
+		begin := time.Now()
+		ok(t, a, "GET", "/goods/list", "")
+		if took := time.Since(begin); took > 2*time.Second {
+			t.Fatalf("call %d took %v", i, took)
+		}
+	}
+}
+
+// Serving does not depend on who reads the log: a reader may end.
+func TestReaderOfTheLogEnds(t *testing.T) {
+	a, _, reader := startIntoPipe(t)
+	harness.Must(t, reader.Close())
+	quick(t, a, 50)
+	a.Create(t, "one")
+	harness.Equal(t, a.Stop(), nil, "how the service ended")
+}
+
+// A reader may also stop reading. The lines of meanwhile may be lost; later ones are not.
+func TestReaderOfTheLogIsFrozen(t *testing.T) {
+	a, lines, reader := startIntoPipe(t)
+	const enough = 1500 // lines for a pipe, which holds 64 KiB
+	quick(t, a, enough)
+	a.Create(t, "one")
+	harness.Must(t, reader.SetReadDeadline(time.Now().Add(15*time.Second)))
+	found := make(chan error, 1)
+	go func() {
+		for {
+			line, err := lines.ReadString('\n')
+			if err != nil || strings.Contains(line, "the-last") {
+				found <- err
+				return
+			}
+		}
+	}()
+	harness.Eventually(t, 15*time.Second, func() error {
+		a.Call(t, "GET", "/healthz", "", "X-Request-Id: the-last")
+		select {
+		case err := <-found:
+			return err
+		default:
+			return fmt.Errorf("the line of the last request is not in the log")
+		}
+	})
+	quick(t, a, enough)
+	begin := time.Now()
+	harness.Equal(t, a.Stop(), nil, "how the service ended")
+	if took := time.Since(begin); took > 5*time.Second {
+		t.Errorf("the service ended after %v", took)
+	}
+}
+
+// notices returns the lines of the log at INFO and above, after the first n.
+func notices(a *harness.App, n int) (lines []string) {
+	for line := range strings.Lines(a.Log()) {
+		if !strings.Contains(line, `"level":"DEBUG"`) {
+			lines = append(lines, line)
+		}
+	}
+	return lines[min(n, len(lines)):]
+}
+
+// The first 503 of a run is logged, with its cause, and the end of the run.
+func TestUnavailableInLog(t *testing.T) {
+	w, a := started(t, "LOG_LEVEL=info")
+	a.Create(t, "one")
+	w.Settled(t, 15*time.Second)
+	for range 2 {
+		before := len(notices(a, 0))
+		tx := w.Hold(t, `LOCK TABLE goods IN ACCESS EXCLUSIVE MODE`) // nothing is wrong with Postgres itself
+		for range 2 {
+			harness.Together(len(calls), func(i int) { refused(t, a, 8, calls[i].method, calls[i].path, calls[i].body) })
+		}
+		harness.AwaitEqual(t, 10*time.Second, func() int { return len(notices(a, before)) }, 1, "lines in the log")
+		line := notices(a, before)[0]
+		if !strings.Contains(line, `"level":"WARN"`) || !strings.Contains(line, "lock") {
+			t.Errorf("got a line %s, want a warning with the cause, a lock", line)
+		}
+		harness.Must(t, tx.Rollback())
+		harness.AwaitEqual(t, 15*time.Second, func() int {
+			ok(t, a, "PATCH", calls[1].path, someName)
+			a.List(t, 1, 1)
+			return len(notices(a, before))
+		}, 2, "lines in the log after the end")
+		line = notices(a, before)[1]
+		harness.Equal(t, strings.Contains(line, `"level":"INFO"`), true, "the line %s tells the end", line)
+	}
+}
