@@ -40,6 +40,7 @@ type fault struct {
 	postgres bool           // is away: clients may see 503, and wait for up to callWithin
 	kills    bool           // the service: requests may stay unanswered
 	loses    bool           // answered writes: Postgres is then the truth, whatever clients were told
+	leaves   bool           // events of what was lost in ClickHouse
 	recovers time.Duration  // until the service works again; 0 is recoversWithin
 }
 
@@ -104,6 +105,9 @@ func (f fault) run(t testing.TB, own *harness.Servers) string {
 		var lost int
 		events, lost = s.SettledAfterLoss(t, time.Minute)
 		t.Logf("ClickHouse has %d events of what Postgres has lost", lost)
+		if lost > 0 && !f.leaves {
+			t.Errorf("ClickHouse has %d events of what Postgres has lost, want none", lost)
+		}
 	} else {
 		events = s.Settled(t, time.Minute)
 	}

@@ -39,7 +39,7 @@ var lanes = []struct {
 	}},
 	{"commits lost", "postgres clickhouse", []fault{
 		{name: "Postgres killed, standby without its last commits promoted", standby: "asynchronous", replicas: 2,
-			during: commitsLost, postgres: true, loses: true},
+			during: commitsLost, postgres: true, loses: true, leaves: true},
 	}},
 	{"standby lost", "postgres", []fault{
 		{name: "synchronous standby killed", standby: "synchronous", replicas: 2, during: standbyLost, postgres: true},
@@ -47,6 +47,9 @@ var lanes = []struct {
 	{"sigterm", "", []fault{
 		{name: "fifty SIGTERMs under new connections", replicas: 2, during: terminated},
 		{name: "services restarted in turn with SIGTERM", replicas: 2, during: rolled},
+	}},
+	{"restore", "clickhouse", []fault{
+		{name: "restored to an earlier moment", replicas: 2, during: restored, kills: true, postgres: true, loses: true},
 	}},
 	{"balancers", "", []fault{
 		{name: "services behind nginx restarted in turn", replicas: 2, during: rolledBehind("nginx")},

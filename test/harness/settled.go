@@ -42,23 +42,8 @@ FROM (SELECT *, row_number() OVER (ORDER BY priority) AS position FROM goods) AS
 	meta := One[string](t, w, `SELECT string_agg(concat_ws(' ', total, removed, 0), ', ') FROM meta`)
 	Equal(t, One[string](t, w, counted), meta, "goods, removed goods, and priorities that are not the position")
 
-	stored := map[string]string{} // "id:version" -> the good
-	const rows = `
-SELECT coalesce(json_object_agg(concat(id, ':', version), concat_ws('|', project_id, name, description, priority, removed::int)), '{}')
-FROM goods`
-	Must(t, json.Unmarshal(One[[]byte](t, w, rows), &stored))
-	var logged []string
-	Must(t, w.ClickHouse.QueryRow(t.Context(), `
-SELECT groupArray(concat(toString(Id), ':', toString(Version), '|',
-    toString(ProjectId), '|', Name, '|', Description, '|', toString(Priority), '|', toString(Removed)))
-FROM goods_log FINAL`).Scan(&logged))
-	events = map[string]string{} // the same of every version
-	for _, event := range logged {
-		version, text, _ := strings.Cut(event, "|")
-		events[version] = text
-	}
-
-	for latest, text := range stored {
+	events = w.Events(t)
+	for latest, text := range w.Goods(t) {
 		Equal(t, events[latest], text, "the event %s", latest)
 		id, version, _ := strings.Cut(latest, ":")
 		last, _ := strconv.Atoi(version)
@@ -70,6 +55,34 @@ FROM goods_log FINAL`).Scan(&logged))
 		}
 	}
 	return events, known
+}
+
+// Goods returns the goods in Postgres, as text by "id:version".
+func (w *World) Goods(t testing.TB) map[string]string {
+	t.Helper()
+	goods := map[string]string{}
+	const rows = `
+SELECT coalesce(json_object_agg(concat(id, ':', version),
+    concat_ws('|', project_id, name, description, priority, removed::int)), '{}')
+FROM goods`
+	Must(t, json.Unmarshal(One[[]byte](t, w, rows), &goods))
+	return goods
+}
+
+// Events returns the distinct events in ClickHouse, as the text of the good by "id:version".
+func (w *World) Events(t testing.TB) map[string]string {
+	t.Helper()
+	var rows []string
+	Must(t, w.ClickHouse.QueryRow(t.Context(), `
+SELECT groupArray(concat(toString(Id), ':', toString(Version), '|',
+    toString(ProjectId), '|', Name, '|', Description, '|', toString(Priority), '|', toString(Removed)))
+FROM goods_log FINAL`).Scan(&rows))
+	events := map[string]string{}
+	for _, row := range rows {
+		version, text, _ := strings.Cut(row, "|")
+		events[version] = text
+	}
+	return events
 }
 
 // checkRedis compares every good in Redis with the event of its version.
