@@ -73,7 +73,11 @@ type call[Q request, A any] struct {
 	request   Q
 	answer    chan result[A] // has room for the one result, so that a batch never waits for a caller
 	abandoned atomic.Bool    // the caller has left
+	failure   atomic.Value   // the error of the batch that it is retried for
 }
+
+// failedBatch holds an error of any type, so that atomic.Value takes it.
+type failedBatch struct{ err error }
 
 func newBatcher[Q request, A any](name string, limit int, run func([]Q, []result[A], bool) error,
 	metrics *metrics, log *slog.Logger) *batcher[Q, A] {
@@ -104,6 +108,9 @@ func (b *batcher[Q, A]) do(ctx context.Context, request Q) (A, error) {
 		err = context.DeadlineExceeded
 	}
 	c.abandoned.Store(true)
+	if cause, ok := c.failure.Load().(failedBatch); ok {
+		err = fmt.Errorf("%w: %w", err, cause.err)
+	}
 	var none A
 	return none, fmt.Errorf("batch %s: %w", b.name, err)
 }
@@ -140,7 +147,11 @@ func (b *batcher[Q, A]) runAll() {
 			switch {
 			case errors.Is(err, errOutcomeUnknown):
 				c.answer <- result[A]{err: err}
-			case err != nil || results[i].err == errRetryAlone:
+			case err != nil:
+				c.failure.Store(failedBatch{err})
+				go b.retryAlone(c)
+			case results[i].err == errRetryAlone:
+				c.failure.Store(failedBatch{errLocked})
 				go b.retryAlone(c)
 			case results[i].err == errNextBatch:
 				postponed = append(postponed, c)

@@ -254,11 +254,12 @@ func (c *cache) redisKey(serverID string, k key) string {
 
 // ping reports whether Redis runs the commands that goods are cached with, whatever went wrong a moment ago.
 func (c *cache) ping(context.Context) error {
-	probe := fmt.Sprintf("%s:%d:ping", c.namespace, cacheFormat)
+	first := fmt.Sprintf("%s:%d:ping1", c.namespace, cacheFormat)
+	second := fmt.Sprintf("%s:%d:ping2", c.namespace, cacheFormat)
 	for _, w := range []redisWrite{
-		{"SET", [][]any{{probe, "", "EX", 1}}},
-		{"MGET", [][]any{{probe}}},
-		{"UNLINK", [][]any{{probe}}},
+		{"SET", [][]any{{first, "", "EX", 1}}},
+		{"MGET", [][]any{{first, second}}}, // a cluster refuses two keys that are not in the same place
+		{"UNLINK", [][]any{{first}}},
 	} {
 		if _, err := c.exchange(w.command, w.args); err != nil {
 			return err

@@ -105,19 +105,13 @@ func (c *consumer) consume(state *stateLog) error {
 
 // open makes the consumer of NATS what it has to be.
 func (c *consumer) open() (jetstream.Consumer, error) {
-	if err := c.stream.connected(); err != nil {
+	// The relay does the same, but only when it has something to publish.
+	if err := c.relay.prepareStream(); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), natsTimeout)
 	defer cancel()
-	found, err := c.stream.js.Stream(ctx, c.stream.name())
-	if err != nil {
-		return nil, err
-	}
-	if err := c.stream.checkOurs(found.CachedInfo().Config); err != nil {
-		return nil, err
-	}
-	return found.CreateOrUpdateConsumer(ctx, jetstream.ConsumerConfig{
+	return c.stream.js.CreateOrUpdateConsumer(ctx, c.stream.name(), jetstream.ConsumerConfig{
 		Durable:    "clickhouse",
 		AckPolicy:  jetstream.AckExplicitPolicy,
 		AckWait:    ackWait,

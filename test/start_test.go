@@ -148,7 +148,7 @@ func TestFailuresAtStart(t *testing.T) {
 	t.Cleanup(func() { w.Exec(t, `DROP DATABASE `+ascii+` WITH (FORCE)`) })
 	asciiURL := harness.WithPath(t, w.Env["POSTGRES_URL"], ascii)
 	withoutQuery, _, _ := strings.Cut(w.Env["POSTGRES_URL"], "?")
-	postgres := "POSTGRES_URL=" + withoutQuery + "?connect_timeout=5"
+	postgres := "POSTGRES_URL=" + withoutQuery + "?sslmode=disable&connect_timeout=5"
 	for _, test := range []struct{ args, variables, want string }{
 		{"serve", "", `unknown command "serve": see goods -h`},
 		{"migrate", "", `unknown command "migrate"`},
