@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	fetchLimit    = 64              // messages taken at a time
+	fetchLimit    = 16              // messages taken at a time
 	insertWorkers = 4               // INSERTs at a time
 	eventTimeout  = 5 * time.Second // for one exchange with ClickHouse, or one statement of Postgres
 	ackWait       = 2 * eventTimeout

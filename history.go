@@ -118,8 +118,18 @@ func (s *service) History(ctx context.Context, q historyRequest) (page []byte, r
 }
 
 const (
+	// The size of a page is asked for first, so that a large one is not read before there is memory for it.
 	countVersions = `
-SELECT count()
+SELECT count(), ifNull((
+    SELECT sum(length(Name) + length(Description) + 120)
+    FROM (
+        SELECT Name, Description
+        FROM goods_log FINAL
+        WHERE ProjectId = ? AND Id = ?
+        ORDER BY Version DESC
+        LIMIT ?, ?
+    )
+), 0)
 FROM goods_log FINAL
 WHERE ProjectId = ? AND Id = ?`
 
@@ -141,9 +151,13 @@ func (l *eventLog) history(ctx context.Context, q historyRequest, maxBytes int) 
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	var total uint64
-	if err := l.reader.QueryRow(ctx, countVersions, q.projectID, q.id).Scan(&total); err != nil {
+	var total, bytes uint64
+	row := l.reader.QueryRow(ctx, countVersions, q.projectID, q.id, q.offset-1, q.limit, q.projectID, q.id)
+	if err := row.Scan(&total, &bytes); err != nil {
 		return nil, err
+	}
+	if bytes > uint64(maxBytes) {
+		return nil, errReplyTooLarge(bytes)
 	}
 	rows, err := l.reader.Query(ctx, selectVersions, q.projectID, q.id, q.offset-1, q.limit)
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 )
 
 // The memory for replies that are being sent is bounded, however many clients ask and however slowly they
@@ -87,21 +88,22 @@ func (e errReplyTooLarge) Error() string { return fmt.Sprintf("the reply has %d 
 type builder func(ctx context.Context, maxBytes int, reserved bool) ([]byte, error)
 
 // build returns a reply. One that needs a reservation is built anew once there is memory for it, rather
-// than held meanwhile. It ends within requestTimeout of the second time. The caller must call release when
+// than held meanwhile. All of it ends within requestTimeout. The caller must call release when
 // the reply has been sent; after an error, there is nothing to release.
 func (m replyMemory) build(ctx context.Context, build builder) (reply []byte, release func(), err error) {
+	start := time.Now()
 	reply, err = build(ctx, smallReply, false)
 	if err == nil && len(reply) <= freeReply {
 		return reply, func() {}, nil
 	}
 	need := len(reply)
 	reply = nil
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	ctx, cancel := context.WithDeadline(ctx, start.Add(requestTimeout)) // what is easy comes without
 	defer cancel()
 	for {
 		var tooLarge errReplyTooLarge
 		if errors.As(err, &tooLarge) {
-			need = int(tooLarge)
+			need = int(tooLarge) + int(tooLarge)/8 // for escapes, which are not counted beforehand
 		} else if err != nil {
 			return nil, nil, err
 		}
