@@ -4,17 +4,17 @@ import (
 	"context"
 	"fmt"
 	"net/url"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/chromedp/cdproto/cdp"
 	"github.com/chromedp/cdproto/input"
 	"github.com/chromedp/cdproto/log"
 	"github.com/chromedp/cdproto/network"
+	"github.com/chromedp/cdproto/performance"
 	"github.com/chromedp/cdproto/runtime"
 	"github.com/chromedp/chromedp"
 	"github.com/chromedp/chromedp/kb"
@@ -63,8 +63,8 @@ func launch(t *testing.T) context.Context {
 	return browser
 }
 
-// newTab opens a tab that shows nothing yet. When the test ends, the browser must have asked no other host, and have
-// nothing in its console but what expected says, such as "503".
+// newTab opens a tab that shows nothing yet. When the test ends, the browser must have asked no other host, and
+// its console must have nothing but what is expected, such as "503".
 func newTab(t *testing.T, browser context.Context, w *harness.World, expected ...string) *tab {
 	t.Helper()
 	tb := &tab{App: w.Start(t), world: w, t: t}
@@ -82,7 +82,8 @@ func (tb *tab) record(event any) {
 	defer tb.mu.Unlock()
 	switch e := event.(type) {
 	case *runtime.EventExceptionThrown:
-		tb.messages = append(tb.messages, fmt.Sprintf("%s %+v", e.ExceptionDetails.Text, e.ExceptionDetails.Exception))
+		details := e.ExceptionDetails
+		tb.messages = append(tb.messages, fmt.Sprintf("%s %+v", details.Text, details.Exception))
 	case *runtime.EventConsoleAPICalled:
 		tb.messages = append(tb.messages, fmt.Sprint("console.", e.Type))
 	case *log.EventEntryAdded:
@@ -119,6 +120,15 @@ func (tb *tab) do(actions ...chromedp.Action[chromedp.Void]) {
 	harness.Must(tb.t, chromedp.Do(ctx, actions...))
 }
 
+// phone makes the window that of a phone.
+func (tb *tab) phone() {
+	tb.t.Helper()
+	options := []chromedp.EmulateViewportOption{
+		chromedp.EmulateMobile, chromedp.EmulateTouch, chromedp.EmulatePortrait,
+	}
+	tb.do(chromedp.EmulateViewport(390, 844, options...))
+}
+
 // visit shows the page with this fragment in its address, and waits for its first list.
 func (tb *tab) visit(fragment string) {
 	tb.t.Helper()
@@ -145,23 +155,33 @@ func (tb *tab) alt(key string) {
 	tb.do(chromedp.KeyEvent(key, chromedp.KeyModifiers(kb.ModifierAlt)))
 }
 
-// drag drags a good by its grip to the middle of another good, and as far past it as half its height.
+// box is where an element is in the window: its middle.
+type box struct{ X, Y float64 }
+
+func (tb *tab) middle(selector string) box {
+	tb.t.Helper()
+	const script = `(r => ({ X: r.x + r.width / 2, Y: r.y + r.height / 2 }))` +
+		`(document.querySelector(%q).getBoundingClientRect())`
+	return eval[box](tb, fmt.Sprintf(script, selector))
+}
+
+// drag drags a good by its grip to the middle of another.
 func (tb *tab) drag(id, target int) {
 	tb.t.Helper()
-	middle := func(selector string) (v struct{ X, Y, Height float64 }) {
-		const script = `(r => ({ X: r.x + r.width / 2, Y: r.y + r.height / 2, Height: r.height }))` +
-			`(document.querySelector('%s').getBoundingClientRect())`
-		return eval[struct{ X, Y, Height float64 }](tb, fmt.Sprintf(script, selector))
-	}
-	from, to := middle(fmt.Sprintf("#good-%d .grip", id)), middle(fmt.Sprintf("#good-%d", target))
+	from, to := tb.middle(fmt.Sprintf("#good-%d .grip", id)), tb.middle(fmt.Sprintf("#good-%d", target))
+	tb.hold(from, to)
+	tb.do(chromedp.MouseEvent(input.DispatchMouseEventTypeMouseReleased, from.X, to.Y, chromedp.ButtonLeft))
+}
+
+// hold drags without letting go.
+func (tb *tab) hold(from, to box) {
+	tb.t.Helper()
 	tb.do(chromedp.MouseEvent(input.DispatchMouseEventTypeMousePressed, from.X, from.Y, chromedp.ButtonLeft))
 	const steps = 8
 	for i := range steps + 1 {
 		y := from.Y + (to.Y-from.Y)*float64(i)/steps
 		tb.do(chromedp.MouseEvent(input.DispatchMouseEventTypeMouseMoved, from.X, y, chromedp.ButtonLeft))
 	}
-	tb.shot("drag")
-	tb.do(chromedp.MouseEvent(input.DispatchMouseEventTypeMouseReleased, from.X, to.Y, chromedp.ButtonLeft))
 }
 
 // eval returns the value of an expression of JavaScript.
@@ -174,6 +194,29 @@ func eval[T any](tb *tab, expression string) T {
 		tb.t.Fatalf("%s: %v", expression, err)
 	}
 	return v
+}
+
+// cpu runs a script and returns the processor time that the page's thread took meanwhile, which depends less on other
+// work on the machine than time does.
+func (tb *tab) cpu(script string) time.Duration {
+	tb.t.Helper()
+	params := performance.EnableParams{TimeDomain: performance.EnableTimeDomainThreadTicks}
+	_, err := chromedp.Call(tb.ctx, performance.Enable, params)
+	harness.Must(tb.t, err)
+	busy := func() time.Duration {
+		result, err := chromedp.Call(tb.ctx, performance.GetMetrics, cdp.Empty{})
+		harness.Must(tb.t, err)
+		for _, m := range result.Metrics {
+			if m.Name == "TaskDuration" {
+				return time.Duration(m.Value * float64(time.Second))
+			}
+		}
+		tb.t.Fatal("the browser has no TaskDuration")
+		return 0
+	}
+	before := busy()
+	eval[any](tb, script)
+	return busy() - before
 }
 
 // await waits until an expression of JavaScript has this value.
@@ -196,15 +239,3 @@ func (tb *tab) awaitNames(want ...string) {
 
 // focused is the row that has the focus.
 const focused = `document.activeElement.closest('#list > li')?.id`
-
-// shot saves a picture of the window in the folder SCREENSHOTS, if the environment has that.
-func (tb *tab) shot(name string) {
-	tb.t.Helper()
-	dir := os.Getenv("SCREENSHOTS")
-	if dir == "" {
-		return
-	}
-	png, err := chromedp.Run(tb.ctx, chromedp.CaptureScreenshot())
-	harness.Must(tb.t, err)
-	harness.Must(tb.t, os.WriteFile(filepath.Join(dir, name+".png"), png, 0o644))
-}
