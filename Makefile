@@ -38,6 +38,9 @@ compiler = command -v cc >/dev/null || scripts/servers.sh install gcc libc6-dev;
 # What reads deploy/alerts.yaml in the tests, and promtool for the linters.
 prometheus = command -v prometheus >/dev/null || scripts/servers.sh install prometheus;
 
+# The tests drive the page at / in it.
+chromium = command -v chromium >/dev/null || scripts/servers.sh install chromium;
+
 # go build takes the version from git, and fails where git refuses the folder because it belongs to another user.
 gobuild = CGO_ENABLED=0 go build -trimpath -buildvcs=$$(git status >/dev/null 2>&1 && echo auto || echo false) -o goods .
 
@@ -90,7 +93,7 @@ build: ## build ./goods
 	$(gobuild)
 
 test: ## run the tests with the race detector; TESTFLAGS='-run Name -v'
-	$(contained) $(compiler) $(servers) $(prometheus) \
+	$(contained) $(compiler) $(servers) $(prometheus) $(chromium) \
 	go test -race -count=1 -timeout=5m $(TESTFLAGS) .; \
 	cd test; go test -race -count=1 -timeout=10m $(TESTFLAGS) $$(go list ./... | grep -vE '/(faults|bench)$$')
 
