@@ -110,9 +110,9 @@ func TestUnavailableInLog(t *testing.T) {
 	w.Settled(t, 15*time.Second)
 	for range 2 {
 		before := len(notices(a, 0))
-		tx := w.Hold(t, `LOCK TABLE goods IN ACCESS EXCLUSIVE MODE`) // nothing is wrong with Postgres itself
+		tx := w.Hold(t, `SELECT FROM goods WHERE id = 1 FOR UPDATE`) // nothing is wrong with Postgres itself
 		for range 2 {
-			harness.Together(len(calls), func(i int) { refused(t, a, 8, calls[i].method, calls[i].path, calls[i].body) })
+			harness.Together(4, func(int) { refused(t, a, 8, "PATCH", calls[1].path, someName) })
 		}
 		harness.AwaitEqual(t, 10*time.Second, func() int { return len(notices(a, before)) }, 1, "lines in the log")
 		line := notices(a, before)[0]

@@ -11,6 +11,7 @@ import (
 // Proxy stands between a service and one of its servers, and can spoil what passes.
 type Proxy struct {
 	mu             sync.Mutex // guards what follows
+	server         string     // where new connections lead
 	request, reply Hook
 	conns          []net.Conn
 }
@@ -32,10 +33,9 @@ func (w *World) NewProxy(t testing.TB, variable string) *Proxy {
 	Must(t, err)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	Must(t, err)
-	address := u.Host
+	p := &Proxy{server: u.Host, request: Forward, reply: Forward}
 	u.Host = listener.Addr().String()
 	w.Env[variable] = u.String()
-	p := &Proxy{request: Forward, reply: Forward}
 	t.Cleanup(func() {
 		listener.Close()
 		p.Shut()
@@ -46,6 +46,9 @@ func (w *World) NewProxy(t testing.TB, variable string) *Proxy {
 			if err != nil {
 				return
 			}
+			p.mu.Lock()
+			address := p.server
+			p.mu.Unlock()
 			server, err := net.Dial("tcp", address)
 			if err != nil {
 				client.Close()
@@ -80,6 +83,24 @@ func (p *Proxy) Spoil(request, reply Hook) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.request, p.reply = request, reply
+}
+
+// Redirect cuts all connections, and makes new ones lead to another server until the function that it returns is
+// called.
+func (p *Proxy) Redirect(server string) (back func()) {
+	lead := func(server string) (before string) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		before = p.server
+		p.server = server
+		return before
+	}
+	first := lead(server)
+	p.Cut()
+	return func() {
+		lead(first)
+		p.Cut()
+	}
 }
 
 // Pass lets everything pass again.

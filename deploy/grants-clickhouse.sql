@@ -1,0 +1,7 @@
+-- The rights that a user of ClickHouse needs that stores and reads events but does not migrate. Run this after
+-- `goods migrate clickhouse`:
+--
+--   CREATE USER goods_service IDENTIFIED BY '…';
+--
+-- Versions without GRANT have a file of users: see clickhouse-user.xml.
+GRANT SELECT, INSERT ON goods.goods_log TO goods_service;

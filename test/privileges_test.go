@@ -1,0 +1,108 @@
+package test
+
+import (
+	"crypto/sha256"
+	"database/sql"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"goods/test/harness"
+)
+
+// everything makes every call once and waits for their events.
+func everything(t *testing.T, w *harness.World, a *harness.App) {
+	t.Helper()
+	a.Stock(t, 3)
+	ok(t, a, "PATCH", "/goods/update"+target(2), someName)
+	ok(t, a, "PATCH", "/goods/reprioritize"+target(3), somePlace)
+	ok(t, a, "DELETE", "/goods/remove"+target(2), "")
+	ok(t, a, "GET", "/goods/list?projectId=1", "")
+	harness.Want[harness.Good](t, a, 201, "POST", create, someName, keyHeader+"once")
+	harness.Want[harness.Good](t, a, 200, "POST", create, someName, keyHeader+"once")
+	harness.Equal(t, a.List(t, 10, 1).Meta.Total, 4, "goods")
+	harness.Equal(t, w.Settled(t, 30*time.Second), 4+1+3+1, "events")
+	ok(t, a, "GET", "/goods/history"+target(2), "")
+	ready(t, a)
+	for line := range strings.Lines(a.Log()) {
+		if strings.Contains(line, `"level":"WARN"`) || strings.Contains(line, `"level":"ERROR"`) {
+			t.Errorf("got a line %s", line)
+		}
+	}
+}
+
+// What deploy/ grants suffices for a service that finds its tables, and is no more than it needs to serve.
+func TestLeastPrivilege(t *testing.T) {
+	t.Parallel()
+	own := harness.NewServers(t, "clickhouse")
+	w := harness.NewWorld(t, own.URLs...)
+	for _, database := range []string{"postgres", "clickhouse"} {
+		_, stderr, success := goods(t, w, "migrate "+database)
+		harness.Equal(t, success, true, "migrate %s: %s", database, stderr)
+	}
+
+	role := strings.ReplaceAll(w.Namespace, "-", "_")
+	w.Exec(t, fmt.Sprintf(`
+CREATE ROLE %s LOGIN PASSWORD '%s';
+REVOKE ALL ON SCHEMA public FROM PUBLIC;
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA public FROM PUBLIC`, role, secret))
+	t.Cleanup(func() { w.Exec(t, fmt.Sprintf(`DROP OWNED BY %s; DROP ROLE %[1]s`, role)) })
+	grants := string(harness.File(t, "deploy/grants-postgres.sql"))
+	w.Exec(t, strings.ReplaceAll(grants, "goods_service", role))
+
+	users := filepath.Join(own.Dir, "clickhouse", "users.d")
+	harness.Must(t, os.Mkdir(users, 0o755))
+	u, err := url.Parse(w.Env["CLICKHOUSE_URL"])
+	harness.Must(t, err)
+	user := strings.NewReplacer(
+		"<password_sha256_hex>", fmt.Sprintf("<password_sha256_hex>%x", sha256.Sum256([]byte(secret))),
+		"<database>goods<", "<database>"+strings.TrimPrefix(u.Path, "/")+"<",
+	).Replace(string(harness.File(t, "deploy/clickhouse-user.xml")))
+	harness.Must(t, os.WriteFile(filepath.Join(users, "goods.xml"), []byte(user), 0o644))
+	harness.Must(t, w.ClickHouse.Exec(t.Context(), `SYSTEM RELOAD CONFIG`))
+
+	postgresURL := withUser(t, w.Env["POSTGRES_URL"], role)
+	clickhouseURL := withUser(t, w.Env["CLICKHOUSE_URL"], "goods_service")
+	limited, err := sql.Open("postgres", postgresURL)
+	harness.Must(t, err)
+	defer limited.Close()
+	_, err = limited.Exec(`CREATE TABLE mine ()`)
+	harness.Equal(t, err != nil, true, "the role may not create tables")
+	a := w.Start(t, "POSTGRES_URL="+postgresURL, "CLICKHOUSE_URL="+clickhouseURL)
+	everything(t, w, a)
+}
+
+// PgBouncer works in session mode, without any other setting.
+func TestPgBouncer(t *testing.T) {
+	t.Parallel()
+	w := harness.NewWorld(t)
+	u, err := url.Parse(w.Env["POSTGRES_URL"])
+	harness.Must(t, err)
+	address := harness.FreeAddress(t)
+	host, port, err := net.SplitHostPort(address)
+	harness.Must(t, err)
+	path := filepath.Join(t.TempDir(), "pgbouncer.ini")
+	harness.Must(t, os.WriteFile(path, fmt.Appendf(nil, `
+[databases]
+* = host=%s port=%s user=goods password=goods
+[pgbouncer]
+listen_addr = %s
+listen_port = %s
+unix_socket_dir =
+auth_type = any
+pool_mode = session
+`, u.Hostname(), u.Port(), host, port), 0o644))
+	args := []string{"pgbouncer", path}
+	if os.Geteuid() == 0 {
+		args = append(args, "-u", "postgres") // it refuses to be root
+	}
+	harness.Run(t, address, args...)
+	u.Host = address
+	w.Env["POSTGRES_URL"] = u.String()
+	everything(t, w, w.Start(t))
+}
