@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ClickHouse/clickhouse-go/v2"
+
 	"goods/test/harness"
 )
 
@@ -73,6 +75,13 @@ REVOKE ALL ON ALL FUNCTIONS IN SCHEMA public FROM PUBLIC`, role, secret))
 	defer limited.Close()
 	_, err = limited.Exec(`CREATE TABLE mine ()`)
 	harness.Equal(t, err != nil, true, "the role may not create tables")
+	options, err := clickhouse.ParseDSN(clickhouseURL)
+	harness.Must(t, err)
+	limitedUser, err := clickhouse.Open(options)
+	harness.Must(t, err)
+	defer limitedUser.Close()
+	err = limitedUser.Exec(t.Context(), `CREATE TABLE mine (Id UInt8) ENGINE = Memory`)
+	harness.Equal(t, err != nil, true, "the user may not create tables")
 	a := w.Start(t, "POSTGRES_URL="+postgresURL, "CLICKHOUSE_URL="+clickhouseURL)
 	everything(t, w, a)
 }

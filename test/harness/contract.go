@@ -28,10 +28,11 @@ var contract = sync.OnceValue(func() validator.Validator {
 	return v
 })
 
-// check fails the test when a reply is not as openapi.yaml says. That has no place for unknown paths and wrong
-// methods: they get the errors of any other.
+// check fails the test when a reply is not as openapi.yaml says, or may be cached: a list from a cache would be stale.
+// Unknown paths and wrong methods are not in openapi.yaml: they get the errors of any other.
 func (r Reply) check(t testing.TB, method, path string) {
 	t.Helper()
+	Equal(t, r.Header.Values("Cache-Control"), []string{"no-store"}, "Cache-Control of %s %s: %d", method, path, r.Status)
 	as, status := method+" "+path, r.Status
 	switch {
 	case status == http.StatusMethodNotAllowed:
