@@ -11,7 +11,7 @@ import (
 )
 
 const (
-	// maxHistories are read at a time, as the same ClickHouse stores the events.
+	// maxHistories are read at a time, and as many large ones, as the same ClickHouse stores the events.
 	maxHistories = 1
 	// historyTimeout is for both queries, and the wait before them.
 	historyTimeout = requestTimeout - 200*time.Millisecond
@@ -21,8 +21,9 @@ const (
 type eventLog struct {
 	writer, reader clickhouse.Conn // readers have connections of their own, and so never hold up the events
 	// syncInserts says that the server has to be told not to acknowledge an INSERT before it is stored.
-	syncInserts atomic.Bool
-	reading     chan struct{} // has an element for each history that is being read
+	syncInserts  atomic.Bool
+	reading      chan struct{} // has an element for each history that is being read
+	readingLarge chan struct{} // the same for those whose memory is reserved: others do not hold them up
 }
 
 // openEventLog returns the log, which connects when it is used.
@@ -40,9 +41,10 @@ func openEventLog(options *clickhouse.Options) *eventLog {
 		return conn
 	}
 	return &eventLog{
-		writer:  open(insertWorkers + 1), // and a ping
-		reader:  open(maxHistories),
-		reading: make(chan struct{}, maxHistories),
+		writer:       open(insertWorkers + 1), // and a ping
+		reader:       open(2 * maxHistories),
+		reading:      make(chan struct{}, maxHistories),
+		readingLarge: make(chan struct{}, maxHistories),
 	}
 }
 
@@ -108,8 +110,11 @@ type pastVersion struct {
 // does not know has none. It is the log, a little behind the list. The caller must call release when the
 // page has been sent. Failures: errUnavailable without ClickHouse.
 func (s *service) History(ctx context.Context, q historyRequest) (page []byte, release func(), err error) {
-	page, release, err = s.replies.build(ctx, func(ctx context.Context, maxBytes int, _ bool) ([]byte, error) {
-		return s.log.history(ctx, q, maxBytes)
+	page, release, err = s.replies.build(ctx, func(ctx context.Context, maxBytes int, reserved bool) ([]byte, error) {
+		if reserved {
+			return s.log.history(ctx, q, maxBytes, s.log.readingLarge)
+		}
+		return s.log.history(ctx, q, maxBytes, s.log.reading)
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("history: %w: %w", errUnavailable, err)
@@ -141,13 +146,14 @@ ORDER BY Version DESC
 LIMIT ?, ?`
 )
 
-// history returns a page of at most maxBytes.
-func (l *eventLog) history(ctx context.Context, q historyRequest, maxBytes int) ([]byte, error) {
+// history returns a page of at most maxBytes, once there is room in reading.
+func (l *eventLog) history(ctx context.Context, q historyRequest, maxBytes int,
+	reading chan struct{}) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, historyTimeout)
 	defer cancel()
 	select {
-	case l.reading <- struct{}{}:
-		defer func() { <-l.reading }()
+	case reading <- struct{}{}:
+		defer func() { <-reading }()
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
