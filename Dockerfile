@@ -3,7 +3,8 @@ FROM --platform=$BUILDPLATFORM golang:1.26-bookworm AS go
 # What `make test` and its kin run in: Go, the four servers, and what the linters and the benchmark need.
 FROM go AS test
 COPY scripts/servers.sh /usr/local/bin/
-RUN servers.sh install && servers.sh install wrk shellcheck prometheus nginx haproxy chromium && rm -rf /var/lib/apt/lists/*
+RUN servers.sh install && \
+    servers.sh install wrk shellcheck prometheus nginx haproxy pgbouncer chromium && rm -rf /var/lib/apt/lists/*
 
 FROM go AS build
 WORKDIR /src

@@ -93,7 +93,7 @@ build: ## build ./goods
 	$(gobuild)
 
 test: ## run the tests with the race detector; TESTFLAGS='-run Name -v'
-	$(contained) $(compiler) $(servers) $(prometheus) $(chromium) \
+	$(contained) $(compiler) $(servers) $(prometheus) $(chromium) scripts/servers.sh install pgbouncer; \
 	go test -race -count=1 -timeout=5m $(TESTFLAGS) .; \
 	cd test; go test -race -count=1 -timeout=10m $(TESTFLAGS) $$(go list ./... | grep -vE '/(faults|bench)$$')
 

@@ -1,10 +1,7 @@
 package test
 
 import (
-	"bufio"
-	"encoding/json"
-	"fmt"
-	"os"
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -12,30 +9,13 @@ import (
 	"goods/test/harness"
 )
 
-// startIntoPipe starts a service whose standard output is a pipe, at the level debug: each request is a line. It returns
-// the other end of the pipe, after the line that tells where the service listens.
-func startIntoPipe(t *testing.T) (*harness.App, *bufio.Reader, *os.File) {
+// startIntoPipe starts a service that logs into a pipe, a line for each request.
+func startIntoPipe(t *testing.T) *harness.App {
 	t.Helper()
 	t.Parallel()
 	w := harness.NewWorld(t)
-	reader, writer, err := os.Pipe()
-	harness.Must(t, err)
-	t.Cleanup(func() { reader.Close() })
-	w.Stdout = writer
-	a := w.Launch(t)
-	harness.Must(t, writer.Close())
-	lines := bufio.NewReader(reader)
-	for a.URL == "" {
-		harness.Must(t, reader.SetReadDeadline(time.Now().Add(30*time.Second)))
-		line, err := lines.ReadBytes('\n')
-		harness.Must(t, err)
-		var entry struct{ Msg, Addr string }
-		_ = json.Unmarshal(line, &entry) // what is no JSON does not tell it
-		if entry.Msg == "listening" {
-			a.URL = "http://" + entry.Addr
-		}
-	}
-	return a, lines, reader
+	w.PipedLog = true
+	return w.Start(t)
 }
 
 // quick makes n calls, each of which must be answered soon.
@@ -52,8 +32,8 @@ func quick(t *testing.T, a *harness.App, n int) {
 
 // Serving does not depend on who reads the log: a reader may end.
 func TestReaderOfTheLogEnds(t *testing.T) {
-	a, _, reader := startIntoPipe(t)
-	harness.Must(t, reader.Close())
+	a := startIntoPipe(t)
+	a.EndLog()
 	quick(t, a, 50)
 	a.Create(t, "one")
 	harness.Equal(t, a.Stop(), nil, "how the service ended")
@@ -61,30 +41,20 @@ func TestReaderOfTheLogEnds(t *testing.T) {
 
 // A reader may also stop reading. The lines of meanwhile may be lost; later ones are not.
 func TestReaderOfTheLogIsFrozen(t *testing.T) {
-	a, lines, reader := startIntoPipe(t)
+	a := startIntoPipe(t)
 	const enough = 1500 // lines for a pipe, which holds 64 KiB
+	resume := a.FreezeLog()
 	quick(t, a, enough)
 	a.Create(t, "one")
-	harness.Must(t, reader.SetReadDeadline(time.Now().Add(15*time.Second)))
-	found := make(chan error, 1)
-	go func() {
-		for {
-			line, err := lines.ReadString('\n')
-			if err != nil || strings.Contains(line, "the-last") {
-				found <- err
-				return
-			}
-		}
-	}()
+	resume()
 	harness.Eventually(t, 15*time.Second, func() error {
 		a.Call(t, "GET", "/healthz", "", "X-Request-Id: the-last")
-		select {
-		case err := <-found:
-			return err
-		default:
-			return fmt.Errorf("the line of the last request is not in the log")
+		if !strings.Contains(a.Log(), "the-last") {
+			return errors.New("the line of the last request is not in the log")
 		}
+		return nil
 	})
+	defer a.FreezeLog()()
 	quick(t, a, enough)
 	begin := time.Now()
 	harness.Equal(t, a.Stop(), nil, "how the service ended")

@@ -1,7 +1,6 @@
 package test
 
 import (
-	"crypto/sha256"
 	"database/sql"
 	"fmt"
 	"net"
@@ -43,47 +42,20 @@ func TestLeastPrivilege(t *testing.T) {
 	t.Parallel()
 	own := harness.NewServers(t, "clickhouse")
 	w := harness.NewWorld(t, own.URLs...)
-	for _, database := range []string{"postgres", "clickhouse"} {
-		_, stderr, success := goods(t, w, "migrate "+database)
-		harness.Equal(t, success, true, "migrate %s: %s", database, stderr)
-	}
-
-	role := strings.ReplaceAll(w.Namespace, "-", "_")
-	w.Exec(t, fmt.Sprintf(`
-CREATE ROLE %s LOGIN PASSWORD '%s';
-REVOKE ALL ON SCHEMA public FROM PUBLIC;
-REVOKE ALL ON ALL FUNCTIONS IN SCHEMA public FROM PUBLIC`, role, secret))
-	t.Cleanup(func() { w.Exec(t, fmt.Sprintf(`DROP OWNED BY %s; DROP ROLE %[1]s`, role)) })
-	grants := string(harness.File(t, "deploy/grants-postgres.sql"))
-	w.Exec(t, strings.ReplaceAll(grants, "goods_service", role))
-
-	users := filepath.Join(own.Dir, "clickhouse", "users.d")
-	harness.Must(t, os.Mkdir(users, 0o755))
-	u, err := url.Parse(w.Env["CLICKHOUSE_URL"])
+	w.LeastPrivilege(t, own)
+	role, err := sql.Open("postgres", w.Env["POSTGRES_URL"])
 	harness.Must(t, err)
-	user := strings.NewReplacer(
-		"<password_sha256_hex>", fmt.Sprintf("<password_sha256_hex>%x", sha256.Sum256([]byte(secret))),
-		"<database>goods<", "<database>"+strings.TrimPrefix(u.Path, "/")+"<",
-	).Replace(string(harness.File(t, "deploy/clickhouse-user.xml")))
-	harness.Must(t, os.WriteFile(filepath.Join(users, "goods.xml"), []byte(user), 0o644))
-	harness.Must(t, w.ClickHouse.Exec(t.Context(), `SYSTEM RELOAD CONFIG`))
-
-	postgresURL := withUser(t, w.Env["POSTGRES_URL"], role)
-	clickhouseURL := withUser(t, w.Env["CLICKHOUSE_URL"], "goods_service")
-	limited, err := sql.Open("postgres", postgresURL)
-	harness.Must(t, err)
-	defer limited.Close()
-	_, err = limited.Exec(`CREATE TABLE mine ()`)
+	defer role.Close()
+	_, err = role.Exec(`CREATE TABLE mine ()`)
 	harness.Equal(t, err != nil, true, "the role may not create tables")
-	options, err := clickhouse.ParseDSN(clickhouseURL)
+	options, err := clickhouse.ParseDSN(w.Env["CLICKHOUSE_URL"])
 	harness.Must(t, err)
-	limitedUser, err := clickhouse.Open(options)
+	user, err := clickhouse.Open(options)
 	harness.Must(t, err)
-	defer limitedUser.Close()
-	err = limitedUser.Exec(t.Context(), `CREATE TABLE mine (Id UInt8) ENGINE = Memory`)
+	defer user.Close()
+	err = user.Exec(t.Context(), `CREATE TABLE mine (Id UInt8) ENGINE = Memory`)
 	harness.Equal(t, err != nil, true, "the user may not create tables")
-	a := w.Start(t, "POSTGRES_URL="+postgresURL, "CLICKHOUSE_URL="+clickhouseURL)
-	everything(t, w, a)
+	everything(t, w, w.Start(t))
 }
 
 // PgBouncer works in session mode, without any other setting.

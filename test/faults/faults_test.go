@@ -31,9 +31,11 @@ const (
 
 // fault is something that breaks under load.
 type fault struct {
-	name     string
-	through  string         // the server that the service reaches through scene.proxy
-	standby  string         // a Postgres beside the first, "synchronous" or "asynchronous"; the fault needs servers of its own
+	name    string
+	through string // the server that the service reaches through scene.proxy
+	// standby is a Postgres beside the first, "synchronous" or "asynchronous"; the fault needs servers of its own.
+	standby  string
+	prepare  func(s *scene) // changes the environment of the service, before it starts; may be nil
 	twoHosts bool           // that server is also there directly, as the second host of its URL
 	replicas int            // of the service; 0 is one
 	during   func(s *scene) // begins and ends the fault
@@ -51,6 +53,8 @@ type scene struct {
 	servers *harness.Servers
 	standby *harness.Standby
 	proxy   *harness.Proxy
+	nats    *harness.NATS // of the fault's own
+	process *os.Process   // of a server of the fault's own
 	apps    []*harness.App
 	load    *load
 }
@@ -175,6 +179,9 @@ func (f fault) scene(t testing.TB, own *harness.Servers) *scene {
 		if u, _ := url.Parse(s.Env[name]); f.twoHosts {
 			s.Env[name] += "&host=" + u.Hostname() + "," + direct.Hostname() + "&port=" + u.Port() + "," + direct.Port()
 		}
+	}
+	if f.prepare != nil {
+		f.prepare(s)
 	}
 	for i := range max(1, f.replicas) {
 		s.apps = append(s.apps, s.Start(t))

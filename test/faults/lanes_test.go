@@ -78,7 +78,8 @@ var lanes = []struct {
 		{name: "ClickHouse stopped", during: broken("stop", aWhile, "start", "clickhouse")},
 		{name: "ClickHouse killed", during: broken("kill", aWhile, "start", "clickhouse")},
 		{name: "ClickHouse frozen", during: broken("pause", 2*aWhile, "resume", "clickhouse")},
-		{name: "ClickHouse table renamed away", during: withoutTable(func(*scene) {})},
+		{name: "ClickHouse with another table in its place", during: withoutTable(func(*scene) {})},
+		{name: "ClickHouse table gone", during: tableGone},
 		{name: "ClickHouse refuses: too many parts", during: tooManyParts},
 		{name: "ClickHouse refuses: read only", through: "clickhouse", during: readOnly},
 	}},
@@ -111,6 +112,20 @@ var lanes = []struct {
 		{name: "Redis back empty", during: emptied("stop", "redis", "dump.rdb")},
 		{name: "Redis answers after 100 ms", through: "redis", during: spoiled(late(100 * time.Millisecond))},
 		{name: "Redis answers after 400 ms", through: "redis", during: spoiled(late(400 * time.Millisecond))},
+	}},
+	{"deployments", "postgres clickhouse", []fault{
+		{name: "Redis behind TLS frozen", prepare: redisBehindTLS, during: redisFrozen},
+		{name: "NATS password changed, and back", prepare: natsWithPassword, during: passwordChanged},
+		{name: "reader of the log gone", prepare: logIntoPipe, during: readerGone},
+		{name: "no right but those of deploy/, ClickHouse killed", prepare: leastPrivilege,
+			during: broken("kill", aWhile, "start", "clickhouse")},
+	}},
+	{"standby first", "postgres", []fault{
+		{name: "standby named first, primary restarted", standby: "asynchronous", prepare: standbyNamedFirst,
+			during: broken("stop", aWhile, "start", "postgres"), postgres: true},
+	}},
+	{"dead rows", "postgres", []fault{
+		{name: "long transaction, and a million dead rows in the outbox", during: deadRows},
 	}},
 	{"together", "postgres redis nats clickhouse", []fault{
 		{name: "NATS and ClickHouse killed", during: broken("kill", aWhile, "start", "nats", "clickhouse")},
@@ -240,10 +255,10 @@ func withoutJetStream(s *scene) {
 // withoutTable keeps events out of ClickHouse, so that NATS has some when it fails.
 func withoutTable(fail func(*scene)) func(*scene) {
 	return func(s *scene) {
-		s.query(`RENAME TABLE goods_log TO goods_log_hidden`)
+		show := s.HideLog(s)
 		s.last(aWhile)
 		fail(s)
-		s.query(`RENAME TABLE goods_log_hidden TO goods_log`)
+		show()
 	}
 }
 
@@ -271,8 +286,9 @@ func streamFull(s *scene) {
 func tooManyParts(s *scene) {
 	var create string
 	harness.Must(s, s.ClickHouse.QueryRow(s.Context(), `SHOW CREATE TABLE goods_log`).Scan(&create))
-	s.query(`RENAME TABLE goods_log TO goods_log_hidden`)
+	create = strings.Replace(create, "goods_log", "goods_log_full", 1)
 	s.query(create + `, parts_to_delay_insert = 1, parts_to_throw_insert = 1`)
+	s.query(`RENAME TABLE goods_log TO goods_log_hidden, goods_log_full TO goods_log`)
 	s.last(aWhile)
 	s.query(`RENAME TABLE goods_log TO goods_log_full, goods_log_hidden TO goods_log`)
 	s.query(`INSERT INTO goods_log SELECT * FROM goods_log_full`)

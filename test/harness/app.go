@@ -48,6 +48,9 @@ type App struct {
 	log     string // a file
 	checked bool
 	client  *http.Client // Client, if nil
+
+	logReader *os.File    // reads the log, if it is a pipe
+	reading   *sync.Mutex // is held while nothing is read
 }
 
 // Host is where the service listens.
@@ -81,8 +84,9 @@ func (w *World) Launch(t testing.TB, overrides ...string) *App {
 	Must(t, err)
 	defer log.Close()
 	cmd.Stdout, cmd.Stderr = log, log
-	if w.Stdout != nil {
-		cmd.Stdout = w.Stdout
+	if w.PipedLog {
+		cmd.Stdout = a.pipeLog(t)
+		defer cmd.Stdout.(io.Closer).Close()
 	}
 	Must(t, cmd.Start())
 	a.Process = cmd.Process
@@ -105,6 +109,40 @@ func (w *World) Launch(t testing.TB, overrides ...string) *App {
 		}
 	})
 	return a
+}
+
+// pipeLog returns a pipe, from which the log is copied into its file.
+func (a *App) pipeLog(t testing.TB) *os.File {
+	t.Helper()
+	reader, writer, err := os.Pipe()
+	Must(t, err)
+	a.logReader = reader
+	a.reading = new(sync.Mutex)
+	log, err := os.OpenFile(a.log, os.O_WRONLY|os.O_APPEND, 0)
+	Must(t, err)
+	go func() {
+		defer log.Close()
+		for b := make([]byte, 4<<10); ; {
+			n, err := reader.Read(b)
+			if err != nil {
+				return
+			}
+			a.reading.Lock() // waits while the reader is frozen
+			_, _ = log.Write(b[:n])
+			a.reading.Unlock()
+		}
+	}()
+	t.Cleanup(a.EndLog)
+	return writer
+}
+
+// EndLog ends the reader of a log that is a pipe.
+func (a *App) EndLog() { _ = a.logReader.Close() }
+
+// FreezeLog lets the reader of a log that is a pipe read nothing until the function that it returns is called.
+func (a *App) FreezeLog() (resume func()) {
+	a.reading.Lock()
+	return a.reading.Unlock
 }
 
 // Await waits until the service listens, and learns its address.

@@ -1,13 +1,7 @@
 package harness
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"encoding/pem"
 	"fmt"
-	"math/big"
 	"net"
 	"os"
 	"os/exec"
@@ -86,30 +80,17 @@ func (n *NATS) Configure(t testing.TB, config string) {
 // URL is the server's, with a user such as "name:password".
 func (n *NATS) URL(user string) string { return "nats://" + user + "@" + n.Address }
 
-// Certificate makes a key and a certificate for 127.0.0.1, in two PEM files. It is its own authority.
+// Certificate makes a certificate for 127.0.0.1 that is its own authority, and its key, in two PEM files.
 func Certificate(t testing.TB) (certificate, key string) {
 	t.Helper()
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	Must(t, err)
-	template := &x509.Certificate{
-		SerialNumber:          big.NewInt(1),
-		NotBefore:             time.Now().Add(-time.Hour),
-		NotAfter:              time.Now().Add(time.Hour),
-		IPAddresses:           []net.IP{net.IPv4(127, 0, 0, 1)},
-		IsCA:                  true,
-		BasicConstraintsValid: true,
-	}
-	signed, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
-	Must(t, err)
-	encoded, err := x509.MarshalPKCS8PrivateKey(private)
-	Must(t, err)
+	certificateText, keyText, _ := serverCertificate(t)
 	dir := t.TempDir()
-	write := func(name, kind string, bytes []byte) string {
+	write := func(name, text string) string {
 		path := filepath.Join(dir, name)
-		Must(t, os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: bytes}), 0o600))
+		Must(t, os.WriteFile(path, []byte(text), 0o600))
 		return path
 	}
-	return write("certificate.pem", "CERTIFICATE", signed), write("key.pem", "PRIVATE KEY", encoded)
+	return write("certificate.pem", certificateText), write("key.pem", keyText)
 }
 
 // NewRedis runs a redis-server with these options besides, until the test ends.
@@ -119,4 +100,19 @@ func NewRedis(t testing.TB, options ...string) (address string, process *os.Proc
 	host, port, _ := net.SplitHostPort(address)
 	args := append([]string{"redis-server", "--bind", host, "--port", port, "--save", ""}, options...)
 	return address, Run(t, address, args...)
+}
+
+// UseTLSRedis gives the service a redis-server of its own, which it reaches with TLS.
+func (w *World) UseTLSRedis(t testing.TB) *os.Process {
+	t.Helper()
+	certificate, key := Certificate(t)
+	withTLS := FreeAddress(t)
+	_, port, err := net.SplitHostPort(withTLS)
+	Must(t, err)
+	address, process := NewRedis(t, "--tls-port", port, "--tls-auth-clients", "no",
+		"--tls-cert-file", certificate, "--tls-key-file", key, "--tls-ca-cert-file", certificate)
+	w.redisURL = "redis://" + address
+	w.Env["REDIS_URL"] = "rediss://" + withTLS + "/0"
+	w.Env["SSL_CERT_FILE"] = certificate
+	return process
 }

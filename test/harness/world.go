@@ -86,10 +86,10 @@ type World struct {
 	DB         *sql.DB
 	JS         jetstream.JetStream
 	ClickHouse clickhouse.Conn
-	Unchecked  bool     // replies are not compared with openapi.yaml
-	Program    string   // another build than the one under test, if not empty
-	Stdout     *os.File // where the service logs to, if not into a file of the App
-	redisURL   string   // without a proxy
+	Unchecked  bool   // replies are not compared with openapi.yaml
+	Program    string // another build than the one under test, if not empty
+	PipedLog   bool   // the service logs into a pipe: see App.EndLog and App.FreezeLog
+	redisURL   string // without a proxy
 }
 
 // NewWorld makes a world on the servers that the environment names, changed by overrides such as "REDIS_URL=…". It is
