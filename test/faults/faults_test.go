@@ -39,6 +39,7 @@ type fault struct {
 	twoHosts bool           // that server is also there directly, as the second host of its URL
 	replicas int            // of the service; 0 is one
 	during   func(s *scene) // begins and ends the fault
+	gateway  bool           // may answer one call in a thousand with 502
 	postgres bool           // is away: clients may see 503, and wait for up to callWithin
 	kills    bool           // the service: requests may stay unanswered
 	loses    bool           // answered writes: Postgres is then the truth, whatever clients were told
@@ -83,7 +84,7 @@ func (f fault) run(t testing.TB, own *harness.Servers) string {
 	s.load.stop()
 	stopped := time.Now()
 
-	var requests, successes int
+	var requests, successes, badGateway int
 	var slowest time.Duration
 	for _, a := range s.load.answers {
 		took, fine := a.end.Sub(a.begin), good(a.status)
@@ -94,10 +95,17 @@ func (f fault) run(t testing.TB, own *harness.Servers) string {
 			}
 			slowest = max(slowest, took)
 			fine = fine || a.status == 503 && f.postgres || a.status == unanswered && f.kills
+			if a.status == 502 && f.gateway {
+				badGateway++
+				fine = true
+			}
 		}
 		if !fine {
 			t.Errorf("%s after %v: got %d after %v, %v", a.call, a.begin.Sub(begin), a.status, took, a.err)
 		}
+	}
+	if badGateway*1000 > requests {
+		t.Errorf("%d of %d calls got 502, want one in a thousand at most", badGateway, requests)
 	}
 	if most := map[bool]time.Duration{false: answerWithin, true: callWithin}[f.postgres]; slowest > most {
 		t.Errorf("the slowest answer took %v, want %v", slowest, most)

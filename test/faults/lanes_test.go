@@ -52,7 +52,7 @@ var lanes = []struct {
 		{name: "restored to an earlier moment", replicas: 2, during: restored, kills: true, postgres: true, loses: true},
 	}},
 	{"balancers", "", []fault{
-		{name: "services behind nginx restarted in turn", replicas: 2, during: rolledBehind("nginx")},
+		{name: "services behind nginx restarted in turn", replicas: 2, during: rolledBehind("nginx"), gateway: true},
 		{name: "services behind HAProxy restarted in turn", replicas: 2, during: rolledBehind("haproxy")},
 	}},
 	{"wire", "", []fault{

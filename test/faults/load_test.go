@@ -23,7 +23,7 @@ const (
 
 // lingers is the time after a bad answer in which a write may still be done: by a service that is slow, or by
 // Postgres for one that was killed.
-var lingers = map[int]time.Duration{503: 10 * time.Second, unanswered: time.Second}
+var lingers = map[int]time.Duration{503: 10 * time.Second, 502: time.Second, unanswered: time.Second}
 
 // load is clients that create, update, move, remove and list without end, and keep every answer. Each worker has
 // goods of its own, so it knows what a list must show of them. A create is repeated with its key until it is
