@@ -45,8 +45,8 @@ dir=$(realpath -ms -- "$dir")
     die "SERVERS_PORT=$base: must be a number from 1024 to 65529"
 
 # The first port of each is the one in its URL.
-declare -A ports=([postgres]=$base [standby]=$((base + 5)) [redis]=$((base + 1)) [nats]="$((base + 2)) $((base + 6))"
-    [clickhouse]="$((base + 3)) $((base + 4))")
+declare -A ports=([postgres]=$base [standby]=$((base + 5)) [redis]=$((base + 1))
+    [nats]="$((base + 2)) $((base + 6))" [clickhouse]="$((base + 3)) $((base + 4))")
 declare -A url=([postgres]="postgres://goods:goods@127.0.0.1:$base/goods?sslmode=disable"
     [standby]="postgres://goods:goods@127.0.0.1:$((base + 5))/goods?sslmode=disable"
     [redis]="redis://127.0.0.1:$((base + 1))/0" [nats]="nats://127.0.0.1:$((base + 2))"

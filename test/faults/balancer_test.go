@@ -99,9 +99,11 @@ func TestBalancers(t *testing.T) {
 	}
 }
 
-// removedTwice has the first replica remove a good, and end before it answers. A balancer that repeats the DELETE gets
-// 404, as the good is removed.
-func removedTwice(t *testing.T, w *harness.World, proxy *harness.Proxy, first, seen *harness.App, repeats bool) {
+// removedTwice has the first replica remove a good, and end before it answers. A balancer that repeats the
+// DELETE gets 404, as the good is removed.
+func removedTwice(
+	t *testing.T, w *harness.World, proxy *harness.Proxy, first, seen *harness.App, repeats bool,
+) {
 	proxy.Spoil(harness.Forward, func(to net.Conn, part []byte) error {
 		if bytes.Contains(part, []byte("COMMIT\x00")) {
 			return nil // is lost
@@ -116,7 +118,8 @@ func removedTwice(t *testing.T, w *harness.World, proxy *harness.Proxy, first, s
 			answer <- r.Status
 		}()
 		query := fmt.Sprintf(`SELECT removed FROM goods WHERE id = %d`, good)
-		harness.AwaitEqual(t, 10*time.Second, func() bool { return harness.One[bool](t, w, query) }, true, "removed")
+		removed := func() bool { return harness.One[bool](t, w, query) }
+		harness.AwaitEqual(t, 10*time.Second, removed, true, "removed")
 		select {
 		case <-answer: // of the second replica
 			continue

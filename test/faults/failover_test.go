@@ -8,8 +8,8 @@ import (
 	"goods/test/harness"
 )
 
-// mostWaiting is how many COMMITs may wait for a synchronous standby: as many as the replicas allow together, and one
-// of each kind of batch of theirs that began before it saw them.
+// mostWaiting is how many COMMITs may wait for a synchronous standby: as many as the replicas allow
+// together, and one of each kind of batch of theirs that began before it saw them.
 const mostWaiting = 8 + 2*3
 
 func promoted(s *scene) {
@@ -31,8 +31,8 @@ func (s *scene) create(key string) harness.Good {
 	return g
 }
 
-// commitsLost promotes a standby that lacks what the primary committed last. Afterwards the same goods get the same
-// versions again, with other content, while NATS still has the events of the lost ones.
+// commitsLost promotes a standby that lacks what the primary committed last. Afterwards the same goods get
+// the same versions again, with other content, while NATS still has the events of the lost ones.
 func commitsLost(s *scene) {
 	g := s.create("kept")
 	update := fmt.Sprintf("/goods/update?id=%d&projectId=1", g.ID)
@@ -68,8 +68,8 @@ func commitsLost(s *scene) {
 	s.last(aWhile)
 }
 
-// standbyLost leaves the primary without the standby that each COMMIT waits for. Those that wait take connections of
-// the server, whatever becomes of their clients.
+// standbyLost leaves the primary without the standby that each COMMIT waits for. Those that wait take
+// connections of the server, whatever becomes of their clients.
 func standbyLost(s *scene) {
 	// Each edits another good every time: a good whose COMMIT waits is locked.
 	const clients, edits = 64, 16

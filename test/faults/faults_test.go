@@ -31,10 +31,9 @@ const (
 
 // fault is something that breaks under load.
 type fault struct {
-	name    string
-	through string // the server that the service reaches through scene.proxy
-	// standby is a Postgres beside the first, "synchronous" or "asynchronous"; the fault needs servers of its own.
-	standby  string
+	name     string
+	through  string         // the server that the service reaches through scene.proxy
+	standby  string         // "synchronous" or "asynchronous": the fault takes servers of its own
 	prepare  func(s *scene) // changes the environment of the service, before it starts; may be nil
 	twoHosts bool           // that server is also there directly, as the second host of its URL
 	replicas int            // of the service; 0 is one

@@ -20,7 +20,8 @@ import (
 	"goods/test/harness"
 )
 
-// lanes are faults that happen one after the other, each lane to servers of its own. The longest lanes come first.
+// lanes are faults that happen one after the other, each lane to servers of its own. The longest lanes come
+// first.
 var lanes = []struct {
 	name, breaks string
 	faults       []fault
@@ -32,27 +33,32 @@ var lanes = []struct {
 		{name: "Postgres frozen, one of two services stopped", replicas: 2, during: stoppedWhileFrozen, postgres: true},
 	}},
 	{"failover", "postgres", []fault{
-		{name: "Postgres killed, synchronous standby promoted", standby: "synchronous", replicas: 2, during: promoted, postgres: true},
+		{name: "Postgres killed, synchronous standby promoted", standby: "synchronous", replicas: 2,
+			during: promoted, postgres: true},
 	}},
 	{"switch-over", "postgres", []fault{
-		{name: "Postgres stopped, asynchronous standby promoted", standby: "asynchronous", replicas: 2, during: switchedOver, postgres: true},
+		{name: "Postgres stopped, asynchronous standby promoted", standby: "asynchronous", replicas: 2,
+			during: switchedOver, postgres: true},
 	}},
 	{"commits lost", "postgres clickhouse", []fault{
 		{name: "Postgres killed, standby without its last commits promoted", standby: "asynchronous", replicas: 2,
 			during: commitsLost, postgres: true, loses: true, leaves: true},
 	}},
 	{"standby lost", "postgres", []fault{
-		{name: "synchronous standby killed", standby: "synchronous", replicas: 2, during: standbyLost, postgres: true},
+		{name: "synchronous standby killed", standby: "synchronous", replicas: 2,
+			during: standbyLost, postgres: true},
 	}},
 	{"sigterm", "", []fault{
 		{name: "fifty SIGTERMs under new connections", replicas: 2, during: terminated},
 		{name: "services restarted in turn with SIGTERM", replicas: 2, during: rolled},
 	}},
 	{"restore", "clickhouse", []fault{
-		{name: "restored to an earlier moment", replicas: 2, during: restored, kills: true, postgres: true, loses: true},
+		{name: "restored to an earlier moment", replicas: 2,
+			during: restored, kills: true, postgres: true, loses: true},
 	}},
 	{"balancers", "", []fault{
-		{name: "services behind nginx restarted in turn", replicas: 2, during: rolledBehind("nginx"), gateway: true},
+		{name: "services behind nginx restarted in turn", replicas: 2,
+			during: rolledBehind("nginx"), gateway: true},
 		{name: "services behind HAProxy restarted in turn", replicas: 2, during: rolledBehind("haproxy")},
 	}},
 	{"wire", "", []fault{

@@ -25,10 +25,10 @@ const (
 // Postgres for one that was killed.
 var lingers = map[int]time.Duration{503: 10 * time.Second, 502: time.Second, unanswered: time.Second}
 
-// load is clients that create, update, move, remove and list without end, and keep every answer. Each worker has
-// goods of its own, so it knows what a list must show of them. A create is repeated with its key until it is
-// answered. Any other write that gets a bad answer may be done or not, now or somewhat later: its unit is not written
-// again until that is settled.
+// load is clients that create, update, move, remove and list without end, and keep every answer. Each
+// worker has goods of its own, so it knows what a list must show of them. A create is repeated with its key
+// until it is answered. Any other write that gets a bad answer may be done or not, now or somewhat later:
+// its unit is not written again until that is settled.
 type load struct {
 	testing.TB // fails at an answer that no history of the service explains
 
@@ -158,8 +158,8 @@ func (l *load) call(method, name, query, body string, v any, header ...string) i
 
 func text(s string) string { return fmt.Sprintf(`{"name":%q,"description":%[1]q}`, s) }
 
-// create makes the good with this key, which is its text, too. It repeats the request until that is answered, or the
-// load is void.
+// create makes the good with this key, which is its text, too. It repeats the request until that is
+// answered, or the load is void.
 func (l *load) create(key string) (g harness.Good, status, tries int) {
 	for ; !good(status) && tries < 1000 && !l.void.Load(); tries++ {
 		if tries > 0 {
@@ -286,7 +286,8 @@ func (w *worker) list(offset, limit int) {
 	w.check(page.Goods, offset, begin)
 }
 
-// check compares what stands at the places from first on with what this worker knows. It was asked for at begin.
+// check compares what stands at the places from first on with what this worker knows. It was asked for at
+// begin.
 func (w *worker) check(goods []harness.Good, first int, begin time.Time) {
 	for i, g := range goods {
 		if g.Priority != first+i || g.Name != g.Description {
@@ -308,8 +309,8 @@ func (w *worker) check(goods []harness.Good, first int, begin time.Time) {
 	}
 }
 
-// works returns when the last request failed of those that began after then, and an error unless every call has
-// succeeded since.
+// works returns when the last request failed of those that began after then, and an error unless every call
+// has succeeded since.
 func (l *load) works(then time.Time) (failed time.Time, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -14,8 +14,8 @@ import (
 	"goods/test/harness"
 )
 
-// restored backs everything up while clients go on, restores it into new databases, and then has the service's own
-// databases return to the moment of the backup, with the commands of docs/operations.md.
+// restored backs everything up while clients go on, restores it into new databases, and then has the
+// service's own databases return to the moment of the backup, with the commands of docs/operations.md.
 func restored(s *scene) {
 	s.last(aWhile / 2)
 	dump := filepath.Join(s.TempDir(), "goods.dump")
@@ -65,7 +65,8 @@ func (s *scene) run(name string, args ...string) {
 	}
 }
 
-// clickHouse posts body to the HTTP port of w's ClickHouse, as data of query if there is one, and returns the answer.
+// clickHouse posts body to the HTTP port of w's ClickHouse, as data of query if there is one, and returns
+// the answer.
 func clickHouse(s *scene, w *harness.World, body, query string) string {
 	u, err := url.Parse(w.Env["CLICKHOUSE_URL"])
 	harness.Must(s, err)
@@ -89,7 +90,8 @@ func clickHouse(s *scene, w *harness.World, body, query string) string {
 
 // removeFuture deletes from goods_log every version that w's Postgres has not.
 func removeFuture(s *scene, w *harness.World) {
-	versions := harness.One[string](s, w, `SELECT coalesce(string_agg(id || E'\t' || version || E'\n', ''), '') FROM goods`)
+	versions := harness.One[string](s, w, `
+SELECT coalesce(string_agg(id || E'\t' || version || E'\n', ''), '') FROM goods`)
 	clickHouse(s, w, `CREATE TABLE restored (Id Int32, Version UInt32) ENGINE = Log`, "")
 	clickHouse(s, w, versions, "INSERT INTO restored FORMAT TabSeparated")
 	clickHouse(s, w, `
@@ -102,13 +104,14 @@ GROUP BY Id, Version`, "")
 	s.Logf("the future has %s versions", strings.TrimSpace(clickHouse(s, w, `SELECT count() FROM future`, "")))
 	clickHouse(s, w, `ALTER TABLE goods_log DELETE WHERE (Id, Version) IN (SELECT Id, Version FROM future)`, "")
 	const pending = `SELECT count() FROM system.mutations WHERE database = currentDatabase() AND NOT is_done`
-	harness.AwaitEqual(s, time.Minute, func() string { return clickHouse(s, w, pending, "") }, "0\n", "mutations that go on")
+	count := func() string { return clickHouse(s, w, pending, "") }
+	harness.AwaitEqual(s, time.Minute, count, "0\n", "mutations that go on")
 	clickHouse(s, w, `DROP TABLE restored`, "")
 	clickHouse(s, w, `DROP TABLE future`, "")
 }
 
-// compareHistory compares what was restored, row by row, with the log of the service that it was backed up from: each
-// good and each event is what that log has as its version.
+// compareHistory compares what was restored, row by row, with the log of the service that it was backed up
+// from: each good and each event is what that log has as its version.
 func compareHistory(s *scene, restored, original *harness.World) {
 	log := original.Events(s)
 	goods, events := restored.Goods(s), restored.Events(s)

@@ -20,10 +20,10 @@ import (
 	"time"
 )
 
-// StartBalancer runs a balancer with its file in deploy/, in which only addresses and the names of files are others,
-// before two replicas, until the test ends. What it returns is the service as clients of the balancer see it: they log in,
-// and come from many addresses, so that the limit for each address is not theirs together. Replies are not compared with
-// openapi.yaml, as some are the balancer's own.
+// StartBalancer runs a balancer with its file in deploy/, in which only addresses and the names of files
+// are others, before two replicas, until the test ends. What it returns is the service as clients of the
+// balancer see it: they log in, and come from many addresses, so that the limit for each address is not
+// theirs together. Replies are not compared with openapi.yaml, as some are the balancer's own.
 func StartBalancer(t testing.TB, name string, replicas ...*App) *App {
 	t.Helper()
 	dir := t.TempDir()

@@ -11,10 +11,10 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// Settled waits until nothing is on its way to ClickHouse, and then checks what must hold whatever has happened:
-// priorities are 1..N, the counts of meta are exact, the distinct events in ClickHouse are exactly the versions of
-// every good, the latest of them is what Postgres has, and what Redis holds is right. It returns the number of
-// events.
+// Settled waits until nothing is on its way to ClickHouse, and then checks what must hold whatever has
+// happened: priorities are 1..N, the counts of meta are exact, the distinct events in ClickHouse are
+// exactly the versions of every good, the latest of them is what Postgres has, and what Redis holds is
+// right. It returns the number of events.
 func (w *World) Settled(t testing.TB, limit time.Duration) int {
 	t.Helper()
 	events, known := w.settledEvents(t, limit)
@@ -23,19 +23,22 @@ func (w *World) Settled(t testing.TB, limit time.Duration) int {
 	return len(events)
 }
 
-// SettledAfterLoss is Settled for a Postgres that has lost commits. ClickHouse may also have events that Postgres knows
-// nothing of, and Redis goods of theirs. It returns the number of events, and how many of them are such.
+// SettledAfterLoss is Settled for a Postgres that has lost commits. ClickHouse may also have events that
+// Postgres knows nothing of, and Redis goods of theirs. It returns the number of events, and how many of
+// them are such.
 func (w *World) SettledAfterLoss(t testing.TB, limit time.Duration) (events, lost int) {
 	t.Helper()
 	all, known := w.settledEvents(t, limit)
 	return len(all), len(all) - known
 }
 
-// settledEvents waits until the outbox is empty, and checks what must hold then of Postgres and ClickHouse. It returns the
-// distinct events in ClickHouse, as the text of the good by "id:version", and how many versions Postgres knows of.
+// settledEvents waits until the outbox is empty, and checks what must hold then of Postgres and ClickHouse.
+// It returns the distinct events in ClickHouse, as the text of the good by "id:version", and how many
+// versions Postgres knows of.
 func (w *World) settledEvents(t testing.TB, limit time.Duration) (events map[string]string, known int) {
 	t.Helper()
-	AwaitEqual(t, limit, func() int { return One[int](t, w, `SELECT count(*) FROM outbox`) }, 0, "events in the outbox")
+	outbox := func() int { return One[int](t, w, `SELECT count(*) FROM outbox`) }
+	AwaitEqual(t, limit, outbox, 0, "events in the outbox")
 	const counted = `
 SELECT concat_ws(' ', count(*), count(*) FILTER (WHERE removed), count(*) FILTER (WHERE priority <> position))
 FROM (SELECT *, row_number() OVER (ORDER BY priority) AS position FROM goods) AS g`

@@ -10,8 +10,8 @@ import (
 	_ "github.com/lib/pq"
 )
 
-// Standby is a hot standby that streams from the Postgres of the same Servers. Servers.Sh breaks either of the two,
-// by the names "postgres" and "standby".
+// Standby is a hot standby that streams from the Postgres of the same Servers. Servers.Sh breaks either of
+// the two, by the names "postgres" and "standby".
 type Standby struct {
 	URL     string // of the standby alone, which only reads until Promote
 	BothURL string // of the primary, then the standby, whichever of them takes writes
@@ -19,8 +19,8 @@ type Standby struct {
 	db, primary *sql.DB
 }
 
-// NewStandby starts a standby of the Postgres that servers have, and waits until it streams. If it is synchronous, the
-// primary answers no COMMIT before the standby has it.
+// NewStandby starts a standby of the Postgres that servers have, and waits until it streams. If it is
+// synchronous, the primary answers no COMMIT before the standby has it.
 func NewStandby(t testing.TB, servers *Servers, synchronous bool) *Standby {
 	t.Helper()
 	servers.Sh(t, "start", "standby")
@@ -81,7 +81,8 @@ func (s *Standby) Promote(t testing.TB) {
 	Must(t, err)
 }
 
-// StopReceiving lets the standby receive nothing any more: what the primary commits from now on, it does not have.
+// StopReceiving lets the standby receive nothing any more: what the primary commits from now on, it does
+// not have.
 func (s *Standby) StopReceiving(t testing.TB) {
 	t.Helper()
 	for _, statement := range []string{`ALTER SYSTEM SET primary_conninfo = ''`, `SELECT pg_reload_conf()`} {
