@@ -247,8 +247,8 @@ END
 # ask sends $2 to port $1 of this machine and prints the answer up to its end; without $2 it only connects.
 ask() {
     # shellcheck disable=SC2016 # the inner shell expands: timeout needs a command
-    timeout 2 bash -c 'exec 3<>"/dev/tcp/127.0.0.1/$0" && [[ ! $1 ]] || { printf %b "$1" >&3 && tr -d "\0" <&3; }' \
-        "$1" "${2-}" 2>/dev/null
+    timeout 2 bash -c 'exec 3<>"/dev/tcp/127.0.0.1/$0" || exit
+        [[ ! $1 ]] || { printf %b "$1" >&3 && tr -d "\0" <&3; }' "$1" "${2-}" 2>/dev/null
 }
 
 # answers tells whether server $1 is ready for work, not only listening.
