@@ -264,7 +264,7 @@ func TestShutdown(t *testing.T) {
 
 // Connections that ask nothing hold nobody up, and neither does what the start waits for.
 func TestShutdownWaitsForNobody(t *testing.T) {
-	w, a := started(t)
+	_, a := started(t)
 	for i := range 20 {
 		c, err := net.Dial("tcp", strings.TrimPrefix(a.URL, "http://"))
 		harness.Must(t, err)
@@ -286,7 +286,7 @@ func TestShutdownWaitsForNobody(t *testing.T) {
 	}
 	ends(a, 3*time.Second, "with silent and idle connections")
 
-	w = harness.NewWorld(t) // where migrations are to be applied
+	w := harness.NewWorld(t) // where migrations are to be applied
 	tx := w.Hold(t, `SELECT pg_advisory_xact_lock(hashtext('goods.migrations'))`)
 	b := w.Launch(t)
 	awaitLock(t, w)
