@@ -58,7 +58,7 @@ var errUnfit = errors.New("unfit")
 func readConfig(getenv func(string) string) (*config, error) {
 	// lib/pq reads PG… variables as well. It names the one that it refuses, and its value, which is no
 	// secret.
-	if _, err := pq.NewConfig("postgres://"); err != nil {
+	if _, err := pq.NewConfig("postgres://user@host/"); err != nil {
 		return nil, err
 	}
 	c := &config{}
