@@ -63,7 +63,8 @@ func (l *eventLog) ping(ctx context.Context) error {
 // insert adds events in one INSERT, and returns when they are stored.
 func (l *eventLog) insert(events []event) error {
 	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
-	defer cancel()
+	// Not at once: the driver may take that for the end of an INSERT, and close a connection that the next one has.
+	defer time.AfterFunc(time.Second, cancel)
 	if l.syncInserts.Load() {
 		ctx = clickhouse.Context(ctx, clickhouse.WithSettings(clickhouse.Settings{
 			"async_insert":          0,
