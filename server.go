@@ -14,6 +14,9 @@ const (
 	readyDelay      = 500 * time.Millisecond // between a 503 on /readyz and the end of listening
 	silentTimeout   = 500 * time.Millisecond // for the first byte of a connection, after the end of listening
 	shutdownTimeout = 10 * time.Second       // for the requests in flight
+	// sendBuffer is what the kernel keeps of a reply that is not read, in bytes. By itself it takes
+	// megabytes for each connection, which count as memory of the container.
+	sendBuffer = 64 << 10
 )
 
 // serveHTTP answers requests until ctx ends. Then it says on /readyz and with each reply that it is going
@@ -80,6 +83,9 @@ func (c *connections) Accept() (net.Conn, error) {
 	conn, err := c.Listener.Accept()
 	if err != nil {
 		return nil, err
+	}
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		_ = tcp.SetWriteBuffer(sendBuffer) // on an error, the buffer is only larger
 	}
 	return &connection{Conn: conn}, nil
 }
