@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -35,8 +36,8 @@ const (
 // The longest characters, in UTF-8 and, as an escape, in JSON.
 const fourBytes, escaped = "😀", "\u0001"
 
-// TestMemory has slow clients read the largest replies beside clients of everything else. The service must not
-// take more memory than its container has, and must not let the others wait.
+// TestMemory has slow clients read the largest replies beside clients of everything else. The service must
+// not take more memory than its container has, and must not let the others wait.
 func TestMemory(t *testing.T) {
 	for _, c := range []struct{ name, description string }{
 		{"lists of the longest texts", strings.Repeat(fourBytes, longest)},
@@ -117,6 +118,34 @@ func TestMemoryOfUnreadReply(t *testing.T) {
 	}
 	_, err := io.Copy(io.Discard, response.Body)
 	harness.Equal(t, err, io.ErrUnexpectedEOF, "the end of the reply that is not read")
+	works(t, a, page)
+}
+
+// A container's limit counts what the kernel holds of a reply, which the service has then forgotten.
+func TestMemoryOfUnreadReplies(t *testing.T) {
+	const clients, most = 2 * readers, 256 << 10 // bytes of a reply that the kernel may hold
+	_, a := startLarge(t, strings.Repeat(fourBytes, longest/50))
+	const page = "/goods/list?limit=1000"
+	conns := make([]net.Conn, clients)
+	var statuses [600]atomic.Int64
+	harness.Together(clients, func(i int) {
+		c, response := request(t, a, page)
+		conns[i] = c
+		statuses[response.StatusCode].Add(1)
+	})
+	largest, sum := 0, 0
+	for _, queued := range sendQueues(t, a) {
+		largest = max(largest, queued)
+		sum += queued
+	}
+	t.Logf("%d pages and %d 503; the kernel holds %d KiB of them, the service %d",
+		statuses[200].Load(), statuses[503].Load(), sum>>10, memory(t, a, "VmRSS"))
+	if largest > most {
+		t.Errorf("the kernel holds %d bytes of a reply, want %d at most", largest, most)
+	}
+	for _, c := range conns {
+		c.Close()
+	}
 	works(t, a, page)
 }
 
@@ -260,4 +289,27 @@ func memory(t testing.TB, a *harness.App, name string) (kib int) {
 	_, err = fmt.Sscan(rest, &kib)
 	harness.Must(t, err)
 	return kib
+}
+
+// sendQueues returns how many bytes each connection of the service has sent that its client has not taken.
+func sendQueues(t testing.TB, a *harness.App) (queued []int) {
+	t.Helper()
+	_, port, err := net.SplitHostPort(a.Host())
+	harness.Must(t, err)
+	number, err := strconv.Atoi(port)
+	harness.Must(t, err)
+	local := fmt.Sprintf("0100007F:%04X", number) // 127.0.0.1
+	table, err := os.ReadFile("/proc/net/tcp")
+	harness.Must(t, err)
+	for line := range strings.Lines(string(table)) {
+		fields := strings.Fields(line) // number, local address, remote address, state, queues
+		if fields[1] != local {
+			continue
+		}
+		send, _, _ := strings.Cut(fields[4], ":")
+		n, err := strconv.ParseInt(send, 16, 64)
+		harness.Must(t, err)
+		queued = append(queued, int(n))
+	}
+	return queued
 }
