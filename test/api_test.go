@@ -8,6 +8,7 @@ import (
 	"math"
 	"net/http"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -22,14 +23,21 @@ const create, someName, somePlace = "/goods/create?projectId=1", `{"name":"x"}`,
 // target is the query of a good in project 1.
 func target(id int) string { return fmt.Sprintf("?id=%d&projectId=1", id) }
 
-// calls are one of each, with the good 1 in project 1.
-var calls = []struct{ method, path, body string }{
+type call struct{ method, path, body string }
+
+// calls are one of each that Postgres answers, with the good 1 in project 1.
+var calls = []call{
 	{"POST", create, someName},
 	{"PATCH", "/goods/update" + target(1), someName},
 	{"PATCH", "/goods/reprioritize" + target(1), somePlace},
 	{"DELETE", "/goods/remove" + target(1), ""},
 	{"GET", "/goods/list?limit=1&offset=1", ""},
+	{"GET", "/goods/list?projectId=1&limit=1&offset=1", ""},
+	{"GET", "/goods/get" + target(1), ""},
 }
+
+// allCalls are these and the one that ClickHouse answers.
+var allCalls = append(slices.Clip(calls), call{"GET", "/goods/history" + target(1) + "&limit=1&offset=1", ""})
 
 // started gives a test a world and a service of its own. The test runs beside others.
 func started(t *testing.T, variables ...string) (*harness.World, *harness.App) {
@@ -40,9 +48,9 @@ func started(t *testing.T, variables ...string) (*harness.World, *harness.App) {
 }
 
 // ok sends a request that must get 200.
-func ok(t testing.TB, a *harness.App, method, path, body string) {
+func ok(t testing.TB, a *harness.App, method, path, body string, header ...string) {
 	t.Helper()
-	harness.Want[json.RawMessage](t, a, http.StatusOK, method, path, body)
+	harness.Want[json.RawMessage](t, a, http.StatusOK, method, path, body, header...)
 }
 
 var refusals = map[int]string{
@@ -154,15 +162,22 @@ func TestRefusals(t *testing.T) {
 			refused(t, a, 3, call.method, strings.ReplaceAll(call.path, target(1), query), call.body)
 		}
 	}
+	for _, query := range []string{"?id=3&projectId=1", "?id=1&projectId=2", "?id=1&projectId=9"} {
+		refused(t, a, 3, "GET", "/goods/get"+query, "")
+	}
 	refused(t, a, 4, "POST", "/goods/create?projectId=3", someName)
+	refused(t, a, 4, "GET", "/goods/list?projectId=3", "")
+	refused(t, a, 4, "GET", "/goods/list?projectId=2147483647&offset=9", "")
 	for _, path := range []string{
-		"/goods", "/goods/", "/goods/list/", "//goods/list", "/goods/../goods/list", "/GOODS/LIST", "/goods%2Flist", "/goods/%6cist",
+		"/index.html", "/goods", "/goods/", "/goods/list/", "//goods/list", "/goods/../goods/list", "/GOODS/LIST",
+		"/goods%2Flist", "/goods/%6cist",
 	} {
 		refused(t, a, 5, "GET", path, "")
 	}
 	for call, allow := range map[string]string{
 		"GET /goods/create": "POST", "POST /goods/update": "PATCH", "PUT /goods/reprioritize": "PATCH", "GET /goods/remove": "DELETE",
-		"POST /goods/list": "GET, HEAD", "OPTIONS /healthz": "GET, HEAD", "DELETE /metrics": "GET, HEAD",
+		"POST /goods/list": "GET, HEAD", "PATCH /goods/get": "GET, HEAD", "DELETE /goods/history": "GET, HEAD",
+		"POST /": "GET, HEAD", "OPTIONS /healthz": "GET, HEAD", "DELETE /metrics": "GET, HEAD",
 	} {
 		method, path, _ := strings.Cut(call, " ")
 		refused(t, a, 6, method, path, "")
@@ -189,16 +204,21 @@ func TestBadRequests(t *testing.T) {
 		"PARAM=2147483648", "PARAM=99999999999999999999", "PARAM=1&PARAM=1", "PARAM=1&PARAM=",
 	} {
 		for _, parameter := range []string{"id", "projectId", "limit", "offset"} {
-			for _, call := range calls {
+			for _, call := range allCalls {
 				path := strings.Replace(call.path, parameter+"=1", strings.ReplaceAll(value, "PARAM", parameter), 1)
-				if path != call.path && (value != "" || call.method != "GET") { // limit and offset may be absent
+				isList := strings.HasPrefix(call.path, "/goods/list")
+				optional := parameter == "limit" || parameter == "offset" || isList
+				if path != call.path && (value != "" || !optional) {
 					bad(call.method, path, call.body, parameter)
 				}
 			}
 		}
 	}
 	bad("GET", "/goods/list?limit=1001", "", "limit")
-	bad("GET", "/goods/list?limit=0&offset=0", "", "limit offset")
+	bad("GET", "/goods/history"+target(1)+"&limit=1001", "", "limit")
+	bad("GET", "/goods/list?limit=0&offset=0&projectId=0", "", "limit offset projectId")
+	bad("GET", "/goods/get", "", "id projectId")
+	bad("GET", "/goods/history", "", "id projectId")
 	bad("GET", "/goods/list?a=%zz", "", "query")
 	bad("PATCH", "/goods/update?id=0", `{"name":""}`, "id projectId name")
 	for fields, bodies := range map[string][]string{
@@ -232,6 +252,16 @@ func TestBadRequests(t *testing.T) {
 		{keyHeader + "a", keyHeader + "b"}, {keyHeader + "a", keyHeader + "a"},
 	} {
 		bad("POST", create, `{"name":""}`, "Idempotency-Key name", header...)
+	}
+	for _, header := range [][]string{
+		{ifMatch}, {ifMatch + `1`}, {ifMatch + `"`}, {ifMatch + `""`}, {ifMatch + `"a"`}, {ifMatch + `"-1"`},
+		{ifMatch + `"+1"`}, {ifMatch + `"1`}, {ifMatch + `"1 "`}, {ifMatch + `"1.0"`}, {ifMatch + `"2147483648"`},
+		{ifMatch + `W/"1"`}, {ifMatch + `"1", "1"`}, {ifMatch + `"*"`}, {ifMatch + `*, "1"`},
+		{ifMatch + `"1"`, ifMatch + `"1"`}, {ifMatch + `*`, ifMatch + `*`},
+	} {
+		bad("PATCH", calls[1].path, `{}`, "If-Match name", header...)
+		bad("PATCH", calls[2].path, calls[2].body, "If-Match", header...)
+		bad("DELETE", calls[3].path, "", "If-Match", header...)
 	}
 	harness.Equal(t, w.Settled(t, 15*time.Second), 1, "events, one of each change: bad requests change nothing")
 

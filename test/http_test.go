@@ -66,7 +66,7 @@ func TestUnknownParameters(t *testing.T) {
 		"page=2": "page", "page": "page", "Limit=5": "Limit", "projectID=1": "projectID", "project_id=1": "project_id",
 		"%70age=2": "page", "name=x": "name", "newPriority=1": "newPriority", "limit%20=1": "limit ", "é=1": "é",
 	} {
-		for _, call := range calls {
+		for _, call := range allCalls {
 			path := call.path + "&" + added
 			details := refused(t, a, 2, call.method, path, call.body)
 			if details[name] == "" || len(details) != 1 {
@@ -75,7 +75,12 @@ func TestUnknownParameters(t *testing.T) {
 		}
 	}
 	// A parameter of one call is unknown to another.
-	for path, name := range map[string]string{"/goods/list?id=1": "id", "/goods/list?limit=1&ID=1&offset=1": "ID"} {
+	for path, name := range map[string]string{
+		"/goods/list?id=1":                     "id",
+		"/goods/list?limit=1&ID=1&offset=1":    "ID",
+		"/goods/get?id=1&projectId=1&limit=1":  "limit",
+		"/goods/get?id=1&projectId=1&offset=1": "offset",
+	} {
 		harness.Equal(t, len(refused(t, a, 2, "GET", path, "")[name]) > 0, true, "%s is in the details of %s", name, path)
 	}
 	details := refused(t, a, 2, "POST", create+"&id=1&limit=1", `{"name":""}`)
@@ -215,4 +220,66 @@ func TestStalledBodies(t *testing.T) {
 			t.Errorf("%q: got %d %.100s, %v after %v, want 408 with code 11", text, status, body, err, took)
 		}
 	})
+}
+
+// What Go's server answers by itself is as openapi.yaml says.
+func TestRefusedByGo(t *testing.T) {
+	_, a := started(t)
+	const list = "GET /goods/list HTTP/1.1\r\nHost: goods\r\n"
+	for _, exchange := range []struct {
+		request string
+		status  int
+	}{
+		{"GET /goods/%zz HTTP/1.1\r\nHost: goods\r\n\r\n", 400},
+		{"GET /goods/list HTTP/1.1\r\n\r\n", 400}, // no Host
+		{"nonsense\r\n\r\n", 400},
+		{list + "Expect: foo\r\n\r\n", 417},
+		{list + "Long: " + strings.Repeat("x", 17<<10) + "\r\n\r\n", 431},
+		{"GET /goods/list?x=" + strings.Repeat("x", 17<<10) + " HTTP/1.1\r\nHost: goods\r\n\r\n", 431},
+		{list + "Transfer-Encoding: gzip\r\n\r\n", 501},
+		{"GET /goods/list HTTP/3.1\r\nHost: goods\r\n\r\n", 505},
+		{list + "Long: " + strings.Repeat("x", 15<<10) + "\r\n\r\n", 200},
+	} {
+		status, body, err := send(t, a, exchange.request, 10*time.Second)
+		if status != exchange.status || (status == 200) != strings.HasPrefix(body, "{") {
+			t.Errorf("%.80q: got %d %.100s, %v, want %d", exchange.request, status, body, err, exchange.status)
+		}
+	}
+	const halfLine = "GET /goods/l"
+	parts := []string{"", halfLine, list, list + "Half: "}
+	harness.Together(len(parts), func(i int) {
+		begin := time.Now()
+		status, body, _ := send(t, a, parts[i], 30*time.Second)
+		took := time.Since(begin)
+		want := 0 // no reply
+		if parts[i] == halfLine {
+			want = 400
+		}
+		if status != want || took < 4*time.Second || took > 15*time.Second {
+			t.Errorf("%q: got %d %.100s after %v, want %d after 5 seconds", parts[i], status, body, took, want)
+		}
+	})
+}
+
+// A reply that is not read for 30 seconds is cut off.
+func TestUnreadReply(t *testing.T) {
+	w, a := started(t, nowhere)
+	w.Exec(t, `
+INSERT INTO goods (project_id, name, description)
+SELECT 1, n::text, repeat('日', 10000)
+FROM generate_series(1, 1000) AS n`)
+	conn, err := net.Dial("tcp", strings.TrimPrefix(a.URL, "http://"))
+	harness.Must(t, err)
+	defer conn.Close()
+	_, err = io.WriteString(conn, "GET /goods/list?limit=1000 HTTP/1.1\r\nHost: goods\r\n\r\n")
+	harness.Must(t, err)
+	<-time.After(31 * time.Second)
+	harness.Must(t, conn.SetDeadline(time.Now().Add(10*time.Second)))
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	harness.Must(t, err)
+	read, err := io.Copy(io.Discard, response.Body)
+	if err == nil || read >= response.ContentLength || response.ContentLength < 30e6 {
+		t.Errorf("got %d of %d bytes, %v, want fewer and an error", read, response.ContentLength, err)
+	}
+	harness.Equal(t, len(a.List(t, 1000, 1).Goods), 1000, "goods on a page that is read")
 }

@@ -12,9 +12,9 @@ import (
 )
 
 // Settled waits until nothing is on its way to ClickHouse, and then checks what must hold whatever has
-// happened: priorities are 1..N, the counts of meta are exact, the distinct events in ClickHouse are
-// exactly the versions of every good, the latest of them is what Postgres has, and what Redis holds is
-// right. It returns the number of events.
+// happened: priorities are 1..N, the counts of meta and project_meta are exact, the distinct events in
+// ClickHouse are exactly the versions of every good, the latest of them is what Postgres has, and what
+// Redis holds is right. It returns the number of events.
 func (w *World) Settled(t testing.TB, limit time.Duration) int {
 	t.Helper()
 	events, known := w.settledEvents(t, limit)
@@ -44,6 +44,19 @@ SELECT concat_ws(' ', count(*), count(*) FILTER (WHERE removed), count(*) FILTER
 FROM (SELECT *, row_number() OVER (ORDER BY priority) AS position FROM goods) AS g`
 	meta := One[string](t, w, `SELECT string_agg(concat_ws(' ', total, removed, 0), ', ') FROM meta`)
 	Equal(t, One[string](t, w, counted), meta, "goods, removed goods, and priorities that are not the position")
+	const projects = `
+SELECT string_agg(concat_ws(' ', project_id, total, removed), ', ' ORDER BY project_id)
+FROM project_meta`
+	const countedProjects = `
+SELECT string_agg(concat_ws(' ', id, total, removed), ', ' ORDER BY id)
+FROM (
+    SELECT c.id, count(g.id) AS total, count(g.id) FILTER (WHERE g.removed) AS removed
+    FROM campaigns AS c
+    LEFT JOIN goods AS g ON g.project_id = c.id
+    GROUP BY c.id
+) AS project`
+	Equal(t, One[string](t, w, projects), One[string](t, w, countedProjects),
+		"projects with their goods and removed goods")
 
 	events = w.Events(t)
 	for latest, text := range w.Goods(t) {
