@@ -54,30 +54,32 @@ func ok(t testing.TB, a *harness.App, method, path, body string, header ...strin
 }
 
 var refusals = map[int]string{
-	1: "500 errors.internal",
-	2: "400 errors.request.invalid",
-	3: "404 errors.good.notFound",
-	4: "404 errors.campaign.notFound",
-	5: "404 errors.route.notFound",
-	6: "405 errors.method.notAllowed",
-	7: "413 errors.request.tooLarge",
-	8: "503 errors.service.unavailable",
-	9: "422 errors.request.keyReused",
-
+	1:  "500 errors.internal",
+	2:  "400 errors.request.invalid",
+	3:  "404 errors.good.notFound",
+	4:  "404 errors.campaign.notFound",
+	5:  "404 errors.route.notFound",
+	6:  "405 errors.method.notAllowed",
+	7:  "413 errors.request.tooLarge",
+	8:  "503 errors.service.unavailable",
+	9:  "422 errors.request.keyReused",
 	10: "403 errors.request.crossOrigin",
 	11: "408 errors.request.timeout",
 	12: "412 errors.good.changed",
 }
 
 // refused sends a request that must get the error of this code, and returns its details.
-func refused(t testing.TB, a *harness.App, code int, method, path, body string, header ...string) map[string]string {
+func refused(
+	t testing.TB, a *harness.App, code int, method, path, body string, header ...string,
+) map[string]string {
 	t.Helper()
 	r := a.Call(t, method, path, body, header...)
 	status, message, _ := strings.Cut(refusals[code], " ")
 	start := fmt.Sprintf(`{"code":%d,"message":"%s","details":{`, code, message)
 	var f struct{ Details map[string]string }
 	err := json.Unmarshal([]byte(r.Body), &f)
-	if err != nil || fmt.Sprint(r.Status) != status || !strings.HasPrefix(r.Body, start) || (code == 2) != (len(f.Details) > 0) {
+	if err != nil || fmt.Sprint(r.Status) != status || !strings.HasPrefix(r.Body, start) ||
+		(code == 2) != (len(f.Details) > 0) {
 		t.Errorf("%s %s %.100s: got %d %s, want %s %s…", method, path, body, r.Status, r.Body, status, start)
 	}
 	return f.Details
@@ -113,12 +115,15 @@ func TestCalls(t *testing.T) {
 		{1, math.MaxInt32, `{"id":1,"priority":5}`},
 	} {
 		r := a.Call(t, "PATCH", "/goods/reprioritize"+target(move.id), fmt.Sprintf(`{"newPriority":%d}`, move.to))
-		harness.Equal(t, fmt.Sprint(r.Status, r.Body), `200{"priorities":[`+move.want+"]}\n", "move %d to %d", move.id, move.to)
+		want := `200{"priorities":[` + move.want + "]}\n"
+		harness.Equal(t, fmt.Sprint(r.Status, r.Body), want, "move %d to %d", move.id, move.to)
 	}
 	r = a.Call(t, "DELETE", "/goods/remove"+target(2), "ignored")
 	harness.Equal(t, fmt.Sprint(r.Status, r.Body), `200{"id":2,"campaignId":1,"removed":true}`+"\n", "remove")
 	l := harness.Want[answer](t, a, 200, "GET", "/goods/list", "")
-	order := []item{{4, "3", 1, false}, {2, "1", 2, true}, {3, "2", 3, false}, {5, "4", 4, false}, {1, "A", 5, false}}
+	order := []item{
+		{4, "3", 1, false}, {2, "1", 2, true}, {3, "2", 3, false}, {5, "4", 4, false}, {1, "A", 5, false},
+	}
 	harness.Equal(t, []any{l.Meta.Total, l.Meta.Removed, l.Goods}, []any{5, 1, order}, "list")
 	harness.Equal(t, w.Settled(t, 15*time.Second), 5+2+3+3+3+1, "events")
 }
@@ -126,10 +131,12 @@ func TestCalls(t *testing.T) {
 func TestListPages(t *testing.T) {
 	w, a := started(t)
 	empty := a.Call(t, "GET", "/goods/list", "").Body
-	harness.Equal(t, empty, `{"meta":{"total":0,"removed":0,"limit":10,"offset":1},"goods":[]}`+"\n", "empty list")
+	const nothing = `{"meta":{"total":0,"removed":0,"limit":10,"offset":1},"goods":[]}` + "\n"
+	harness.Equal(t, empty, nothing, "empty list")
 	a.Stock(t, 45)
 	pages := []struct{ limit, offset, first, last int }{
-		{10, 1, 1, 10}, {20, 20, 20, 39}, {20, 40, 40, 45}, {1, 45, 45, 45}, {1000, 1, 1, 45}, {10, 46, 1, 0}, {1000, math.MaxInt32, 1, 0},
+		{10, 1, 1, 10}, {20, 20, 20, 39}, {20, 40, 40, 45}, {1, 45, 45, 45}, {1000, 1, 1, 45},
+		{10, 46, 1, 0}, {1000, math.MaxInt32, 1, 0},
 	}
 	check := func(i int) {
 		page := pages[i%len(pages)]
@@ -144,7 +151,8 @@ func TestListPages(t *testing.T) {
 	for i := range 2 * len(pages) { // the second time, all is cached
 		check(i)
 	}
-	tx := w.Hold(t, `LOCK TABLE meta IN ACCESS EXCLUSIVE MODE`) // one list waits for it, and the others form a batch
+	// One list waits for it, and the others form a batch.
+	tx := w.Hold(t, `LOCK TABLE meta IN ACCESS EXCLUSIVE MODE`)
 	time.AfterFunc(200*time.Millisecond, func() { _ = tx.Rollback() })
 	harness.Together(len(pages), check)
 	ok(t, a, "GET", "/goods/list?limit=1&offset=9", "a body is ignored")
@@ -157,7 +165,10 @@ func TestRefusals(t *testing.T) {
 	a.Stock(t, 2)
 	w.Exec(t, `INSERT INTO campaigns (name) VALUES ('second')`)
 	ok(t, a, "DELETE", "/goods/remove"+target(2), "")
-	for _, query := range []string{"?id=3&projectId=1", "?id=1&projectId=2", "?id=1&projectId=9", "?id=2&projectId=1", "?id=2147483647&projectId=1"} {
+	for _, query := range []string{
+		"?id=3&projectId=1", "?id=1&projectId=2", "?id=1&projectId=9", "?id=2&projectId=1",
+		"?id=2147483647&projectId=1",
+	} {
 		for _, call := range calls[1:4] {
 			refused(t, a, 3, call.method, strings.ReplaceAll(call.path, target(1), query), call.body)
 		}
@@ -169,13 +180,14 @@ func TestRefusals(t *testing.T) {
 	refused(t, a, 4, "GET", "/goods/list?projectId=3", "")
 	refused(t, a, 4, "GET", "/goods/list?projectId=2147483647&offset=9", "")
 	for _, path := range []string{
-		"/index.html", "/goods", "/goods/", "/goods/list/", "//goods/list", "/goods/../goods/list", "/GOODS/LIST",
-		"/goods%2Flist", "/goods/%6cist",
+		"/index.html", "/goods", "/goods/", "/goods/list/", "//goods/list", "/goods/../goods/list",
+		"/GOODS/LIST", "/goods%2Flist", "/goods/%6cist",
 	} {
 		refused(t, a, 5, "GET", path, "")
 	}
 	for call, allow := range map[string]string{
-		"GET /goods/create": "POST", "POST /goods/update": "PATCH", "PUT /goods/reprioritize": "PATCH", "GET /goods/remove": "DELETE",
+		"GET /goods/create": "POST", "POST /goods/update": "PATCH",
+		"PUT /goods/reprioritize": "PATCH", "GET /goods/remove": "DELETE",
 		"POST /goods/list": "GET, HEAD", "PATCH /goods/get": "GET, HEAD", "DELETE /goods/history": "GET, HEAD",
 		"POST /": "GET, HEAD", "OPTIONS /healthz": "GET, HEAD", "DELETE /metrics": "GET, HEAD",
 	} {
@@ -183,7 +195,8 @@ func TestRefusals(t *testing.T) {
 		refused(t, a, 6, method, path, "")
 		harness.Equal(t, a.Call(t, method, path, "").Header.Get("Allow"), allow, "Allow of %s", call)
 	}
-	harness.Equal(t, w.Settled(t, 15*time.Second), 3, "events, one of each change: refused requests change nothing")
+	events := w.Settled(t, 15*time.Second)
+	harness.Equal(t, events, 3, "events, one of each change: refused requests change nothing")
 }
 
 func TestBadRequests(t *testing.T) {
@@ -200,7 +213,8 @@ func TestBadRequests(t *testing.T) {
 		}
 	}
 	for _, value := range []string{
-		"", "PARAM=", "PARAM=0", "PARAM=-1", "PARAM=%2B1", "PARAM=1.0", "PARAM=1e0", "PARAM=0x1", "PARAM=x", "PARAM=1%20",
+		"", "PARAM=", "PARAM=0", "PARAM=-1", "PARAM=%2B1", "PARAM=1.0", "PARAM=1e0", "PARAM=0x1", "PARAM=x",
+		"PARAM=1%20",
 		"PARAM=2147483648", "PARAM=99999999999999999999", "PARAM=1&PARAM=1", "PARAM=1&PARAM=",
 	} {
 		for _, parameter := range []string{"id", "projectId", "limit", "offset"} {
@@ -248,7 +262,8 @@ func TestBadRequests(t *testing.T) {
 	}
 	bad("PATCH", calls[2].path, `{}`, "newPriority")
 	for _, header := range [][]string{
-		{keyHeader}, {keyHeader + "   "}, {keyHeader + strings.Repeat("k", 256)}, {keyHeader + "clé"}, {keyHeader + "a\tb"},
+		{keyHeader}, {keyHeader + "   "}, {keyHeader + strings.Repeat("k", 256)}, {keyHeader + "clé"},
+		{keyHeader + "a\tb"},
 		{keyHeader + "a", keyHeader + "b"}, {keyHeader + "a", keyHeader + "a"},
 	} {
 		bad("POST", create, `{"name":""}`, "Idempotency-Key name", header...)
@@ -279,8 +294,8 @@ func TestBadRequests(t *testing.T) {
 	w.Settled(t, 15*time.Second)
 }
 
-// A client that gives up is counted, and is nobody's error. A lock that is not given in time is as good as a server
-// out of reach. What is broken inside is only for the log.
+// A client that gives up is counted, and is nobody's error. A lock that is not given in time is as good as
+// a server out of reach. What is broken inside is only for the log.
 func TestLockedAndBroken(t *testing.T) {
 	w, a := started(t)
 	a.Create(t, "good")
@@ -288,7 +303,8 @@ func TestLockedAndBroken(t *testing.T) {
 	harness.Together(len(calls), func(i int) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		r, err := http.NewRequestWithContext(ctx, calls[i].method, a.URL+calls[i].path, strings.NewReader(calls[i].body))
+		call := calls[i]
+		r, err := http.NewRequestWithContext(ctx, call.method, a.URL+call.path, strings.NewReader(call.body))
 		harness.Must(t, err)
 		if response, err := harness.Client.Do(r); err == nil {
 			t.Errorf("%s: got %s, want none", calls[i].path, response.Status)
@@ -307,7 +323,8 @@ func TestLockedAndBroken(t *testing.T) {
 		})
 	}
 	everyCall(8)
-	harness.Equal(t, strings.Contains(a.Log(), `"level":"ERROR"`), false, "who went away, or a lock, is an error in the log")
+	logged := strings.Contains(a.Log(), `"level":"ERROR"`)
+	harness.Equal(t, logged, false, "a client that went away, or a lock, is an error in the log")
 	_, err := tx.Exec(`ALTER TABLE goods RENAME TO hidden_goods; ALTER TABLE meta RENAME TO hidden_meta`)
 	harness.Must(t, err)
 	harness.Must(t, tx.Commit())

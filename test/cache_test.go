@@ -14,8 +14,9 @@ import (
 	"goods/test/harness"
 )
 
-// cached waits until exactly these versions are in Redis, each an id and a version such as "1:1", and returns their
-// keys. On a busy machine what is put there may get lost: a list by a replica that holds nothing itself puts it again.
+// cached waits until exactly these versions are in Redis, each an id and a version such as "1:1", and
+// returns their keys. On a busy machine what is put there may get lost: a list by a replica that holds
+// nothing itself puts it again.
 func cached(t testing.TB, w *harness.World, versions ...string) map[string]string {
 	t.Helper()
 	found := map[string]string{}
@@ -63,8 +64,8 @@ func TestCacheNamesVersions(t *testing.T) {
 	}, "planted", "the name of a good that is cached")
 }
 
-// Values that are no goods are read around, whatever they are; so is a Redis that has forgotten everything, and what
-// answers in its place.
+// Values that are no goods are read around, whatever they are; so is a Redis that has forgotten everything,
+// and what answers in its place.
 func TestStrangeValuesInRedis(t *testing.T) {
 	w, a := started(t)
 	a.Stock(t, 6)

@@ -14,8 +14,8 @@ import (
 	"goods/test/harness"
 )
 
-// More clients than TestLinearizability has, so that batches are large. Half of the calls are about the same few goods,
-// and all clients that create use the same keys, each of which makes one good.
+// More clients than TestLinearizability has, so that batches are large. Half of the calls are about the
+// same few goods, and all clients that create use the same keys, each of which makes one good.
 func TestManyClients(t *testing.T) {
 	w, a := started(t, "EVENTS_BATCH=50")
 	replicas := []*harness.App{a, w.Start(t, "EVENTS_BATCH=50")}
@@ -69,7 +69,8 @@ func TestLongMove(t *testing.T) {
 	const most = 10_000
 	makeGoods(t, w, most+2)
 	details := refused(t, a, 2, "PATCH", "/goods/reprioritize"+target(most+2), somePlace)
-	harness.Equal(t, strings.Contains(details["newPriority"], fmt.Sprint(most)), true, "the limit is in the details %v", details)
+	told := strings.Contains(details["newPriority"], fmt.Sprint(most))
+	harness.Equal(t, told, true, "the limit is in the details %v", details)
 	moved := harness.Want[answer](t, a, 200, "PATCH", "/goods/reprioritize"+target(most+1), somePlace).Priorities
 	harness.Equal(t, []any{len(moved), moved[0], moved[1], moved[most]},
 		[]any{most + 1, place{most + 1, 1}, place{1, 2}, place{most, most + 1}}, "places")
@@ -77,8 +78,8 @@ func TestLongMove(t *testing.T) {
 	harness.Equal(t, []int{end[0].ID, end[1].ID}, []int{most, most + 2}, "the end of the list")
 }
 
-// Moves wait for each other, and who asks for a good that is locked elsewhere waits for it. Neither may hold up, or take
-// what is needed by, any other call, however often it is repeated.
+// Moves wait for each other, and who asks for a good that is locked elsewhere waits for it. Neither may
+// hold up, or take what is needed by, any other call, however often it is repeated.
 func TestCallsThatWait(t *testing.T) {
 	w, a := started(t, "EVENTS_BATCH=50")
 	a.Stock(t, 12)

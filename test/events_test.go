@@ -19,7 +19,9 @@ const nowhere = "CLICKHOUSE_URL=clickhouse://127.0.0.1:1/default"
 // published waits until every event in the outbox is published.
 func published(t testing.TB, w *harness.World) {
 	t.Helper()
-	waiting := func() int { return harness.One[int](t, w, `SELECT count(*) FROM outbox WHERE published_at IS NULL`) }
+	waiting := func() int {
+		return harness.One[int](t, w, `SELECT count(*) FROM outbox WHERE published_at IS NULL`)
+	}
 	harness.AwaitEqual(t, 15*time.Second, waiting, 0, "events that are not published")
 }
 
@@ -43,7 +45,9 @@ WHERE database = currentDatabase() AND table = 'goods_log' AND level = 0`).Scan(
 // makeGoods makes n goods by hand, with an event each.
 func makeGoods(t testing.TB, w *harness.World, n int) {
 	t.Helper()
-	w.Exec(t, fmt.Sprintf(`INSERT INTO goods (project_id, name) SELECT 1, n::text FROM generate_series(1, %d) AS n`, n))
+	w.Exec(t, fmt.Sprintf(`
+INSERT INTO goods (project_id, name)
+SELECT 1, n::text FROM generate_series(1, %d) AS n`, n))
 }
 
 // Unless told otherwise, five are a batch. What is fewer than that does not wait for more than a second.
@@ -154,13 +158,14 @@ func TestGarbageInTheStream(t *testing.T) {
 	harness.Equal(t, int(value(t, a, "goods_events_rejected_total", "")), len(garbage), "messages rejected")
 }
 
-// A message may carry the number of another event's row in the outbox: it is forged, of another deployment, or of a
-// future that a restored Postgres has not had. Only a row that is its event goes.
+// A message may carry the number of another event's row in the outbox: it is forged, of another deployment,
+// or of a future that a restored Postgres has not had. Only a row that is its event goes.
 func TestForgedMessages(t *testing.T) {
 	for name, forged := range map[string]string{ // in place of what is true
 		"numbers of other goods":    `jsonb_build_object('id', id - 1) FROM outbox AS o WHERE id % 2 = 0`,
 		"numbers of other versions": `jsonb_build_object('id', id + 6) FROM outbox AS o WHERE id <= 6`,
-		"other times":               `jsonb_build_object('event_time', event_time + interval '1 ms') FROM outbox AS o`,
+		"other times": `
+jsonb_build_object('event_time', event_time + interval '1 ms') FROM outbox AS o`,
 	} {
 		t.Run(name, func(t *testing.T) {
 			w, a := started(t, nowhere)
@@ -210,7 +215,8 @@ func TestTableDropped(t *testing.T) {
 	}
 }
 
-// The times of versions are taken when their locks are held, so they never run backwards, however long a call waited.
+// The times of versions are taken when their locks are held, so they never run backwards, however long a
+// call waited.
 func TestTimesOfVersions(t *testing.T) {
 	w, a := started(t, "NATS_URL=nats://127.0.0.1:1") // the outbox keeps its rows
 	a.Stock(t, 4)
@@ -243,7 +249,9 @@ WHERE datname = current_database() AND wait_event_type = 'Lock'`) >= 3 // the la
 
 	harness.Equal(t, harness.One[int](t, w, `
 SELECT count(*)
-FROM (SELECT event_time < lag(event_time) OVER (PARTITION BY good_id ORDER BY version) AS older FROM outbox) AS o
+FROM (
+	SELECT event_time < lag(event_time) OVER (PARTITION BY good_id ORDER BY version) AS older FROM outbox
+) AS o
 WHERE older`), 0, "versions that are older than the one before")
 	harness.Equal(t, harness.One[int](t, w, fmt.Sprintf(`
 SELECT count(*) FROM outbox WHERE id > %d AND event_time < '%s'`, last, released)), 0,

@@ -17,7 +17,8 @@ import (
 	"goods/test/harness"
 )
 
-// A browser adds cookies and passwords to what a page of any other site sends, so a write from there is refused.
+// A browser adds cookies and passwords to what a page of any other site sends, so a write from there is
+// refused.
 func TestCrossOrigin(t *testing.T) {
 	w, a := started(t)
 	own := "Origin: " + a.URL
@@ -63,8 +64,10 @@ func TestUnknownParameters(t *testing.T) {
 	w, a := started(t)
 	a.Create(t, "one")
 	for added, name := range map[string]string{
-		"page=2": "page", "page": "page", "Limit=5": "Limit", "projectID=1": "projectID", "project_id=1": "project_id",
-		"%70age=2": "page", "name=x": "name", "newPriority=1": "newPriority", "limit%20=1": "limit ", "é=1": "é",
+		"page=2": "page", "page": "page", "Limit=5": "Limit", "projectID=1": "projectID",
+		"project_id=1": "project_id",
+		"%70age=2":     "page", "name=x": "name", "newPriority=1": "newPriority",
+		"limit%20=1": "limit ", "é=1": "é",
 	} {
 		for _, call := range allCalls {
 			path := call.path + "&" + added
@@ -81,7 +84,8 @@ func TestUnknownParameters(t *testing.T) {
 		"/goods/get?id=1&projectId=1&limit=1":  "limit",
 		"/goods/get?id=1&projectId=1&offset=1": "offset",
 	} {
-		harness.Equal(t, len(refused(t, a, 2, "GET", path, "")[name]) > 0, true, "%s is in the details of %s", name, path)
+		details := refused(t, a, 2, "GET", path, "")
+		harness.Equal(t, len(details[name]) > 0, true, "%s is in the details of %s", name, path)
 	}
 	details := refused(t, a, 2, "POST", create+"&id=1&limit=1", `{"name":""}`)
 	harness.Equal(t, len(details), 3, "unknown parameters and bad fields: faults in %v", details)
@@ -109,9 +113,11 @@ func TestBlankNames(t *testing.T) {
 	a.Create(t, "one")
 	accepts := newGoodSchema(t)
 	blank := []string{
-		"", " ", "\t", "\n", "\v", "\f", "\r", "\u0085", "\u00a0", "\u1680", "\u2000", "\u2003", "\u200a", "\u2028", "\u2029",
+		"", " ", "\t", "\n", "\v", "\f", "\r", "\u0085", "\u00a0", "\u1680",
+		"\u2000", "\u2003", "\u200a", "\u2028", "\u2029",
 		"\u202f", "\u205f", "\u3000", // white space
-		"\u00ad", "\u061c", "\u180e", "\u200b", "\u200c", "\u200d", "\u200e", "\u202a", "\u2060", "\u2064", "\ufeff",
+		"\u00ad", "\u061c", "\u180e", "\u200b", "\u200c", "\u200d", "\u200e", "\u202a",
+		"\u2060", "\u2064", "\ufeff",
 		"\U000e0001", "\U000e0020", // format characters
 		"\u115f", "\u1160", "\u2800", "\u3164", "\uffa0", // letters and a symbol that are drawn as nothing
 		" \u200b\u2800\t\u3164", strings.Repeat("\ufeff", 255),
@@ -127,7 +133,8 @@ func TestBlankNames(t *testing.T) {
 		harness.Equal(t, accepts(body), false, "openapi.yaml accepts the name %+q", name)
 	}
 	visible := []string{
-		"x", "0", "-", ".", "é", "日", "😀", "\u0301", " x ", "\u200bx", "x\ufeff", "\u2800.", "👩\u200d🔬", "\u1161", "\u2801",
+		"x", "0", "-", ".", "é", "日", "😀", "\u0301", " x ", "\u200bx", "x\ufeff", "\u2800.",
+		"👩\u200d🔬", "\u1161", "\u2801",
 		"\u3165", "\uffa1", "\u180f\u1820",
 	}
 	for _, name := range visible {
@@ -139,7 +146,8 @@ func TestBlankNames(t *testing.T) {
 	harness.Equal(t, w.Settled(t, 15*time.Second), 1+len(visible), "events")
 }
 
-// quoted is s as JSON in plain ASCII, as Python's json.dumps writes it: each character past U+FFFF is two escapes.
+// quoted is s as JSON in plain ASCII, as Python's json.dumps writes it: each character past U+FFFF is two
+// escapes.
 func quoted(s string) string {
 	var b strings.Builder
 	for _, c := range s {
@@ -172,7 +180,9 @@ func TestLargestBody(t *testing.T) {
 }
 
 // send writes a request as it is, and returns the reply, or an error if none comes within limit.
-func send(t testing.TB, a *harness.App, request string, limit time.Duration) (status int, body string, err error) {
+func send(
+	t testing.TB, a *harness.App, request string, limit time.Duration,
+) (status int, body string, err error) {
 	t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(a.URL, "http://"))
 	harness.Must(t, err)
@@ -188,8 +198,8 @@ func send(t testing.TB, a *harness.App, request string, limit time.Duration) (st
 	return response.StatusCode, string(text), nil
 }
 
-// A body that a call needs and that does not arrive is answered with an error that clients repeat; one that it does not
-// need is not waited for.
+// A body that a call needs and that does not arrive is answered with an error that clients repeat; one that
+// it does not need is not waited for.
 func TestStalledBodies(t *testing.T) {
 	_, a := started(t)
 	a.Stock(t, 2)

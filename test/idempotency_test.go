@@ -71,8 +71,8 @@ func TestKeysThatMeet(t *testing.T) {
 	w.Settled(t, 15*time.Second)
 }
 
-// The connection breaks at the COMMIT of a write: before Postgres has it, or before the service hears of it. The
-// client gets 503 and the service does not repeat it; the client may.
+// The connection breaks at the COMMIT of a write: before Postgres has it, or before the service hears of
+// it. The client gets 503 and the service does not repeat it; the client may.
 func TestCommitOfUnknownOutcome(t *testing.T) {
 	t.Parallel()
 	for sent, delivered := range []bool{false, true} {

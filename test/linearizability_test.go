@@ -43,9 +43,9 @@ type item struct {
 	Removed  bool
 }
 
-// modelOf says what each call does to the end of the list, and what it must answer. What comes before, with so many
-// removed goods, is left alone. A state is a []item. A call without an answer may come after all others, as if it had
-// no effect.
+// modelOf says what each call does to the end of the list, and what it must answer. What comes before, with
+// so many removed goods, is left alone. A state is a []item. A call without an answer may come after all
+// others, as if it had no effect.
 func modelOf(end []item, removedBefore int) porcupine.Model {
 	return porcupine.Model{
 		Init:  func() any { return end },
@@ -93,8 +93,8 @@ func apply(list []item, q ask) (next []item, want answer) {
 	return next, want
 }
 
-// see tells whether a page shows the list as it is. It returns the list, with the ids of goods whose create was not
-// answered.
+// see tells whether a page shows the list as it is. It returns the list, with the ids of goods whose create
+// was not answered.
 func see(list []item, removed int, q ask, page answer) (bool, []item) {
 	for _, i := range list {
 		if i.Removed {
@@ -166,8 +166,9 @@ func (h *history) call(client int, q ask) (answered bool) {
 	return r.status != 0
 }
 
-// round lets six clients call at once, about new goods at the end of the list, while during happens, and checks that
-// some order of the calls explains all that they saw. When during has returned, no more may come of unanswered calls.
+// round lets six clients call at once, about new goods at the end of the list, while during happens, and
+// checks that some order of the calls explains all that they saw. When during has returned, no more may
+// come of unanswered calls.
 func (h *history) round(during func()) {
 	const clients, each, goods = 6, 5, 8
 	makeGoods(h, h.w, goods)

@@ -23,8 +23,8 @@ func families(t testing.TB, a *harness.App) map[string]*dto.MetricFamily {
 	return found
 }
 
-// value sums the values of the series of a counter or gauge that have a label such as `value:"200"`, or of all if that
-// is empty; of a histogram, it sums the counts.
+// value sums the values of the series of a counter or gauge that have a label such as `value:"200"`, or of
+// all if that is empty; of a histogram, it sums the counts.
 func value(t testing.TB, a *harness.App, name, label string) (sum float64) {
 	t.Helper()
 	family := families(t, a)[name]

@@ -104,7 +104,8 @@ func TestSmallMessages(t *testing.T) {
 	w := harness.NewWorld(t, "NATS_URL=nats://"+n.Address)
 	w.Env["EVENTS_BATCH"] = "500"
 	a := w.Start(t)
-	longest := []string{strings.Repeat("日", 10_000), strings.Repeat(`\u0001`, 10_000)} // 30 and 60 KB as an event
+	// As events, of 30 and of 60 KB.
+	longest := []string{strings.Repeat("日", 10_000), strings.Repeat(`\u0001`, 10_000)}
 	for i := range 12 {
 		body := fmt.Sprintf(`{"name":"long","description":"%s"}`, longest[i%2])
 		harness.Want[harness.Good](t, a, 201, "POST", create, body)
@@ -113,8 +114,8 @@ func TestSmallMessages(t *testing.T) {
 	harness.Equal(t, w.Settled(t, 30*time.Second), 1012, "events")
 }
 
-// A stream of another application is left as it is, with what is in it, and the log says what to change. Nothing that
-// it takes in passes for published.
+// A stream of another application is left as it is, with what is in it, and the log says what to change.
+// Nothing that it takes in passes for published.
 func TestForeignStream(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
@@ -137,7 +138,8 @@ func TestForeignStream(t *testing.T) {
 			if !test.ourName {
 				config.Name += "-OF-ANOTHER"
 			}
-			config.Subjects = strings.Fields(strings.NewReplacer("OURS", w.Subject(), "OTHER", other).Replace(test.subjects))
+			names := strings.NewReplacer("OURS", w.Subject(), "OTHER", other)
+			config.Subjects = strings.Fields(names.Replace(test.subjects))
 			foreign, err := w.JS.CreateStream(t.Context(), config)
 			harness.Must(t, err)
 			t.Cleanup(func() { _ = w.JS.DeleteStream(t.Context(), config.Name) }) // it may have been

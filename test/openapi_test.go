@@ -14,8 +14,8 @@ import (
 	"goods/test/harness"
 )
 
-// Every call of openapi.yaml works as its examples say, and the examples of its replies are right. Real replies, here
-// and in every other test, are checked where they arrive.
+// Every call of openapi.yaml works as its examples say, and the examples of its replies are right. Real
+// replies, here and in every other test, are checked where they arrive.
 func TestOpenAPIExamples(t *testing.T) {
 	_, a := started(t)
 	a.Stock(t, 3)

@@ -11,7 +11,12 @@ import (
 	"goods/test/harness"
 )
 
-var servers = map[string]string{"clickhouse": "CLICKHOUSE_URL", "nats": "NATS_URL", "postgres": "POSTGRES_URL", "redis": "REDIS_URL"}
+var servers = map[string]string{
+	"clickhouse": "CLICKHOUSE_URL",
+	"nats":       "NATS_URL",
+	"postgres":   "POSTGRES_URL",
+	"redis":      "REDIS_URL",
+}
 
 // ready waits until /readyz says that exactly these servers are down.
 func ready(t testing.TB, a *harness.App, down ...string) {
@@ -45,9 +50,9 @@ func inLog(a *harness.App, message, server string) int {
 	return strings.Count(a.Log(), fmt.Sprintf(`"msg":%q,"name":%q`, message, server))
 }
 
-// A server that goes and comes back is one line each in the log, whatever is tried meanwhile, and /readyz tells it;
-// the calls that do not need it are served, and those that do are answered in time. Passwords are never logged, nor
-// is what clients send.
+// A server that goes and comes back is one line each in the log, whatever is tried meanwhile, and /readyz
+// tells it; the calls that do not need it are served, and those that do are answered in time. Passwords are
+// never logged, nor is what clients send.
 func TestServerComesAndGoes(t *testing.T) {
 	t.Parallel()
 	for name, variable := range servers {
@@ -58,9 +63,14 @@ func TestServerComesAndGoes(t *testing.T) {
 				user := "default" // Redis and NATS take any password
 				if name == "postgres" {
 					user = strings.ReplaceAll(w.Namespace, "-", "_")
-					w.Exec(t, fmt.Sprintf(`CREATE ROLE %s LOGIN PASSWORD '%s'; GRANT ALL ON SCHEMA public TO %[1]s`, user, secret))
+					w.Exec(t, fmt.Sprintf(`
+CREATE ROLE %s LOGIN PASSWORD '%s';
+GRANT ALL ON SCHEMA public TO %[1]s`, user, secret))
 					t.Cleanup(func() {
-						w.Exec(t, fmt.Sprintf(`REASSIGN OWNED BY %s TO CURRENT_USER; DROP OWNED BY %[1]s; DROP ROLE %[1]s`, user))
+						w.Exec(t, fmt.Sprintf(`
+REASSIGN OWNED BY %s TO CURRENT_USER;
+DROP OWNED BY %[1]s;
+DROP ROLE %[1]s`, user))
 					})
 				}
 				if name != "clickhouse" { // which would refuse it: see TestStartWithOnlyPostgres
@@ -83,34 +93,40 @@ func TestServerComesAndGoes(t *testing.T) {
 					status := a.Call(t, call.method, call.path, strings.Replace(call.body, "x", secret, 1)).Status
 					refused := name == "postgres" && call.path != "/metrics"
 					if (status == 503) != refused || !refused && status > 201 || time.Since(start) > 5*time.Second {
-						t.Errorf("%s: got %d after %v, want an answer within five seconds", call.path, status, time.Since(start))
+						t.Errorf("%s: got %d after %v, want an answer within five seconds",
+							call.path, status, time.Since(start))
 					}
 				}
-				harness.AwaitEqual(t, 15*time.Second, func() int { return inLog(a, "failing", name) }, 1, "failures in the log")
+				failures := func() int { return inLog(a, "failing", name) }
+				harness.AwaitEqual(t, 15*time.Second, failures, 1, "failures in the log")
 				resume()
 				ready(t, a)
 				a.Create(t, "last")
 				w.Settled(t, time.Minute)
 				harness.Must(t, a.Stop())
-				harness.Equal(t, []int{inLog(a, "failing", name), inLog(a, "recovered", name)}, []int{1, 1}, "lines in the log")
-				harness.Equal(t, strings.Contains(a.Log(), secret), false, "a password, or what a client sent, is in the log")
+				harness.Equal(t, failures(), 1, "lines \"failing\" in the log")
+				harness.Equal(t, inLog(a, "recovered", name), 1, "lines \"recovered\" in the log")
+				told := strings.Contains(a.Log(), secret)
+				harness.Equal(t, told, false, "a password, or what a client sent, is in the log")
 			})
 		}
 	}
 }
 
-// Each request is one line at the level debug, with its id. Nothing that clients ask of a healthy service is worth a
-// warning.
+// Each request is one line at the level debug, with its id. Nothing that clients ask of a healthy service
+// is worth a warning.
 func TestRequestsInLog(t *testing.T) {
 	w, a := started(t)
-	ids := []string{"abc-123", strings.Repeat("x", 128), `{"a":"b"}`, "", strings.Repeat("x", 129), "two words", "tab\there", "é"}
+	ids := []string{"abc-123", strings.Repeat("x", 128), `{"a":"b"}`,
+		"", strings.Repeat("x", 129), "two words", "tab\there", "é"}
 	for i, id := range ids {
 		got := a.Call(t, "GET", "/goods/list?limit=0", "", "X-Request-Id: "+id).Header.Get("X-Request-Id")
 		if kept := i < 3; kept != (got == id) || len(got) < 7 {
 			t.Errorf("X-Request-Id %q: got %q, want it kept: %v", id, got, kept)
 		}
 		line := a.AwaitLines(t, "request", i+1)[i]
-		harness.Equal(t, fmt.Sprint(line["id"], line["method"], line["path"], line["status"]), got+"GET/goods/list400", "the line in the log")
+		told := fmt.Sprint(line["id"], line["method"], line["path"], line["status"])
+		harness.Equal(t, told, got+"GET/goods/list400", "the line in the log")
 	}
 	quiet := w.Start(t, "LOG_LEVEL=") // the default
 	for _, a := range []*harness.App{a, quiet} {
@@ -131,8 +147,8 @@ func TestRequestsInLog(t *testing.T) {
 	}
 }
 
-// A slow or rude client gets an answer, or loses its connection, before long. Some of these answers are Go's own,
-// without JSON.
+// A slow or rude client gets an answer, or loses its connection, before long. Some of these answers are
+// Go's own, without JSON.
 func TestServerLimits(t *testing.T) {
 	_, a := started(t)
 	const get, host = "GET /goods/list HTTP/1.1\r\n", "Host: goods\r\n"
@@ -161,8 +177,8 @@ func TestServerLimits(t *testing.T) {
 	}
 }
 
-// An outbox that cannot be looked at, or only slowly, is no reason to take the service for down: lists work all the
-// same. Here it is being rewritten by hand; the fault tests have one with a million dead rows.
+// An outbox that cannot be looked at, or only slowly, is no reason to take the service for down: lists work
+// all the same. Here it is being rewritten by hand; the fault tests have one with a million dead rows.
 func TestOutboxOutOfReach(t *testing.T) {
 	w, a := started(t)
 	ready(t, a)

@@ -39,7 +39,8 @@ func TestStandbyNamedFirst(t *testing.T) {
 	harness.Equal(t, w.Settled(t, 15*time.Second), 20, "events")
 }
 
-// A server that takes no writes any more is one that cannot serve now: no bug of the service, and no line a request.
+// A server that takes no writes any more is one that cannot serve now: no bug of the service, and no line a
+// request.
 func TestPostgresBecomesReadOnly(t *testing.T) {
 	t.Parallel()
 	own := harness.NewServers(t, "postgres")

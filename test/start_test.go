@@ -15,15 +15,19 @@ import (
 	"goods/test/harness"
 )
 
-const everyVariable = "HTTP_ADDR POSTGRES_URL REDIS_URL NATS_URL CLICKHOUSE_URL EVENTS_BATCH NATS_REPLICAS NAMESPACE LOG_LEVEL"
+const everyVariable = "HTTP_ADDR POSTGRES_URL REDIS_URL NATS_URL CLICKHOUSE_URL " +
+	"EVENTS_BATCH NATS_REPLICAS NAMESPACE LOG_LEVEL"
 
 // has tells whether text has every word of words.
 func has(text, words string) bool {
-	return !slices.ContainsFunc(strings.Fields(words), func(word string) bool { return !strings.Contains(text, word) })
+	missing := func(word string) bool { return !strings.Contains(text, word) }
+	return !slices.ContainsFunc(strings.Fields(words), missing)
 }
 
 // goods runs a command to its end. It returns what it prints, and whether it ended with status 0.
-func goods(t testing.TB, w *harness.World, args string, variables ...string) (stdout, stderr string, success bool) {
+func goods(
+	t testing.TB, w *harness.World, args string, variables ...string,
+) (stdout, stderr string, success bool) {
 	t.Helper()
 	var out, problem bytes.Buffer
 	cmd := w.Command(strings.Fields(args), variables...)
@@ -39,8 +43,9 @@ func TestCommands(t *testing.T) {
 	w := harness.NewWorld(t)
 	for command, want := range map[string]string{
 		"-h": everyVariable, "--help": everyVariable,
-		"help":    everyVariable + " 127.0.0.1:8080 localhost:5432 localhost:6379 localhost:4222 localhost:9000",
-		"version": "goods (devel) unknown", "-version": "goods (devel) unknown", "--version": "goods (devel) unknown",
+		"help":     everyVariable + " 127.0.0.1:8080 localhost:5432 localhost:6379 localhost:4222 localhost:9000",
+		"version":  "goods (devel) unknown",
+		"-version": "goods (devel) unknown", "--version": "goods (devel) unknown",
 	} {
 		if out, stderr, success := goods(t, w, command, "HTTP_ADDR=nonsense"); !success || !has(out, want) {
 			t.Errorf("%s: got %q and %q, want %q", command, out, stderr, want)
@@ -74,7 +79,8 @@ func TestDefaultAddress(t *testing.T) {
 	a := w.Launch(t, "HTTP_ADDR=")
 	harness.Eventually(t, 30*time.Second, func() error {
 		log := a.Log() // the second one where another program has the port
-		if has(log, `"msg":"listening","addr":"127.0.0.1:8080"`) || has(log, "HTTP_ADDR 127.0.0.1:8080 already in use") {
+		if has(log, `"msg":"listening","addr":"127.0.0.1:8080"`) ||
+			has(log, "HTTP_ADDR 127.0.0.1:8080 already in use") {
 			return nil
 		}
 		return fmt.Errorf("got %s, want it to listen on 127.0.0.1:8080", log)
@@ -109,7 +115,8 @@ func TestURLs(t *testing.T) {
 	harness.Must(t, a.Stop())
 
 	for _, value := range []string{
-		"clickhouse://[::1]:9000/db", "http://[::1]:8123/db", "https://user:a%2Fb@clickhouse.invalid:8443/db?secure=true",
+		"clickhouse://[::1]:9000/db", "http://[::1]:8123/db",
+		"https://user:a%2Fb@clickhouse.invalid:8443/db?secure=true",
 		"clickhouse://[::1]:9000,clickhouse.invalid:9000/db?dial_timeout=1s",
 	} {
 		harness.Must(t, w.Start(t, "CLICKHOUSE_URL="+value).Stop())
@@ -147,6 +154,7 @@ func TestFailuresAtStart(t *testing.T) {
 	w.Exec(t, `CREATE DATABASE `+ascii+` TEMPLATE template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'`)
 	t.Cleanup(func() { w.Exec(t, `DROP DATABASE `+ascii+` WITH (FORCE)`) })
 	asciiURL := harness.WithPath(t, w.Env["POSTGRES_URL"], ascii)
+	nowhereURL := "POSTGRES_URL=" + harness.WithPath(t, w.Env["POSTGRES_URL"], "nowhere")
 	withoutQuery, _, _ := strings.Cut(w.Env["POSTGRES_URL"], "?")
 	postgres := "POSTGRES_URL=" + withoutQuery + "?sslmode="
 	for _, test := range []struct{ args, variables, want string }{
@@ -159,7 +167,7 @@ func TestFailuresAtStart(t *testing.T) {
 		{"", "HTTP_ADDR=" + address, "HTTP_ADDR: " + address + " address already in use"},
 		{"", stranger, role},
 		{"migrate postgres", stranger, role},
-		{"", "POSTGRES_URL=" + harness.WithPath(t, w.Env["POSTGRES_URL"], "nowhere"), `POSTGRES_URL: "nowhere" does not exist`},
+		{"", nowhereURL, `POSTGRES_URL: "nowhere" does not exist`},
 		{"healthcheck", "HTTP_ADDR=127.0.0.1:1", "127.0.0.1:1 connection refused"},
 		{"healthcheck", "HTTP_ADDR=" + address, address},
 		// What Postgres or its driver refuses will not change by waiting.
@@ -191,13 +199,15 @@ func TestFailuresAtStart(t *testing.T) {
 func TestStartWithOnlyPostgres(t *testing.T) {
 	t.Parallel()
 	w := harness.NewWorld(t)
-	a := w.Start(t, "NATS_URL=nats://127.0.0.1:1", "CLICKHOUSE_URL="+withUser(t, w.Env["CLICKHOUSE_URL"], "nobody"),
+	a := w.Start(t, "NATS_URL=nats://127.0.0.1:1",
+		"CLICKHOUSE_URL="+withUser(t, w.Env["CLICKHOUSE_URL"], "nobody"),
 		"REDIS_URL="+withUser(t, w.Env["REDIS_URL"], "nobody"))
 	a.Stock(t, 3)
 	harness.Equal(t, a.List(t, 10, 1).Meta.Total, 3, "goods")
 	ready(t, a, "redis", "nats", "clickhouse")
 	for _, name := range []string{"clickhouse", "redis"} {
-		harness.AwaitEqual(t, 15*time.Second, func() int { return inLog(a, "failing", name) }, 1, "failures of %s in the log", name)
+		failures := func() int { return inLog(a, "failing", name) }
+		harness.AwaitEqual(t, 15*time.Second, failures, 1, "failures of %s in the log", name)
 	}
 	harness.Equal(t, strings.Contains(a.Log(), secret), false, "a password is in the log")
 }
@@ -205,12 +215,17 @@ func TestStartWithOnlyPostgres(t *testing.T) {
 // awaitLock waits until a session waits for an advisory lock.
 func awaitLock(t testing.TB, w *harness.World) {
 	t.Helper()
-	const query = `SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory'`
-	harness.AwaitEqual(t, 15*time.Second, func() bool { return harness.One[bool](t, w, query) }, true, "a session waits for the lock")
+	waits := func() bool {
+		return harness.One[bool](t, w, `
+SELECT count(*) > 0
+FROM pg_stat_activity
+WHERE datname = current_database() AND wait_event = 'advisory'`)
+	}
+	harness.AwaitEqual(t, 15*time.Second, waits, true, "a session waits for the lock")
 }
 
-// The service listens only once Postgres is there, and migrated: until then a balancer is refused rather than kept
-// waiting. Two processes may migrate.
+// The service listens only once Postgres is there, and migrated: until then a balancer is refused rather
+// than kept waiting. Two processes may migrate.
 func TestStartWaitsForPostgres(t *testing.T) {
 	t.Parallel()
 	w := harness.NewWorld(t)
@@ -300,37 +315,4 @@ func TestShutdownWaitsForNobody(t *testing.T) {
 		c.AwaitLines(t, "waiting for postgres", 1)
 		ends(c, 3*time.Second, "waiting for a Postgres that is "+how)
 	}
-}
-
-// What the triggers promise holds for whoever writes, also by hand.
-func TestWritesByHand(t *testing.T) {
-	t.Parallel()
-	w := harness.NewWorld(t)
-	goods(t, w, "migrate postgres")
-	harness.Equal(t, harness.One[string](t, w, `SELECT string_agg(name, ',') FROM campaigns`), "Первая запись", "campaigns")
-	check := func(statement, want string) {
-		t.Helper()
-		w.Exec(t, statement)
-		harness.Equal(t, harness.One[string](t, w, `SELECT concat_ws(' ',
-			(SELECT string_agg(concat(id, '@', priority, 'v', version), ' ' ORDER BY id) FROM goods),
-			(SELECT concat('total ', total, ' removed ', removed) FROM meta), 'outbox', (SELECT count(*) FROM outbox))`), want, "after %s", statement)
-	}
-	check(`INSERT INTO goods (project_id, name, version) VALUES (1, 'a', 5), (1, 'b', 5)`, "1@1v1 2@2v1 total 2 removed 0 outbox 2")
-	check(`INSERT INTO goods (project_id, name, removed) SELECT 1, 'c', true`, "1@1v1 2@2v1 3@3v1 total 3 removed 1 outbox 3")
-	check(`UPDATE goods SET name = 'x', version = 40 WHERE id < 3`, "1@1v2 2@2v2 3@3v1 total 3 removed 1 outbox 5")
-	const last = "1@1v3 2@2v3 3@3v2 total 3 removed 2 outbox 8"
-	check(`UPDATE goods SET removed = NOT removed`, last)
-	check(`UPDATE goods SET name = 'y' WHERE id = 99; INSERT INTO goods (project_id, name) SELECT 1, 'd' WHERE false`, last)
-	check(`BEGIN; INSERT INTO goods (project_id, name) VALUES (1, 'e'); ROLLBACK`, last)
-	for _, statement := range []string{
-		`INSERT INTO goods (project_id, name) VALUES (9, 'x')`, `INSERT INTO goods (project_id, name) VALUES (1, '')`,
-		`INSERT INTO goods (project_id, name, priority) VALUES (1, 'x', 77)`, `INSERT INTO goods (project_id, name, priority) VALUES (1, 'x', 1)`,
-		`UPDATE goods SET priority = 1 WHERE id = 2`, `UPDATE goods SET priority = 0 WHERE id = 1`, `UPDATE goods SET priority = 9 WHERE id = 3`,
-		`DELETE FROM goods WHERE id = 1`, `TRUNCATE goods`,
-	} {
-		if _, err := w.DB.Exec(statement); err == nil {
-			t.Errorf("%s: got no error", statement)
-		}
-	}
-	check(`SELECT`, last)
 }

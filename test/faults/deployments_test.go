@@ -11,8 +11,8 @@ import (
 	"goods/test/harness"
 )
 
-// tableGone leaves ClickHouse without the table, until the service has made it again. What the old one held is then
-// put into it as from a backup.
+// tableGone leaves ClickHouse without the table, until the service has made it again. What the old one held
+// is then put into it as from a backup.
 func tableGone(s *scene) {
 	s.query(`RENAME TABLE goods_log TO goods_log_backup`)
 	harness.AwaitEqual(s, 10*time.Second, func() (exists uint8) {
@@ -76,8 +76,8 @@ func standbyNamedFirst(s *scene) {
 	s.Env["POSTGRES_URL"] = u.String()
 }
 
-// deadRows leaves a million dead rows in the outbox, which a long transaction such as a backup keeps from being
-// vacuumed.
+// deadRows leaves a million dead rows in the outbox, which a long transaction such as a backup keeps from
+// being vacuumed.
 func deadRows(s *scene) {
 	backup := s.Hold(s, `SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM goods`)
 	s.Exec(s, `

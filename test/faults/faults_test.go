@@ -1,5 +1,5 @@
-// Package faults breaks everything around the service, and the service, while clients go on, and then compares every
-// answer with what is stored.
+// Package faults breaks everything around the service, and the service, while clients go on, and then
+// compares every answer with what is stored.
 package faults
 
 import (
@@ -64,8 +64,8 @@ const tableHead = `
 |---|---:|---:|---:|---:|---:|---:|
 `
 
-// run lets the fault happen under load, and checks what clients saw, what came of every write, and that the service
-// is then as it was. It returns a row of the table in docs/faults.md.
+// run lets the fault happen under load, and checks what clients saw, what came of every write, and that the
+// service is then as it was. It returns a row of the table in docs/faults.md.
 func (f fault) run(t testing.TB, own *harness.Servers) string {
 	t.Helper()
 	s := f.scene(t, own)

@@ -131,8 +131,8 @@ func rolled(s *scene) {
 	}
 }
 
-// terminated ends one of two replicas with SIGTERM, again and again, while clients open a connection for each request.
-// A client that has a connection must get an answer; one that is refused tries again.
+// terminated ends one of two replicas with SIGTERM, again and again, while clients open a connection for
+// each request. A client that has a connection must get an answer; one that is refused tries again.
 func terminated(s *scene) {
 	s.load.aim(s.apps[1])
 	var current atomic.Pointer[harness.App]
@@ -167,8 +167,8 @@ func served(a *harness.App) bool {
 		return true
 	}
 	defer c.Close()
-	// The kernel connects before the service accepts, and resets what has not been accepted when the service stops
-	// listening.
+	// The kernel connects before the service accepts, and resets what has not been accepted when the service
+	// stops listening.
 	_ = c.SetReadDeadline(time.Now().Add(250 * time.Millisecond))
 	if _, err := c.Read(make([]byte, 1)); errors.Is(err, syscall.ECONNRESET) {
 		return true

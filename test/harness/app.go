@@ -139,7 +139,8 @@ func (a *App) pipeLog(t testing.TB) *os.File {
 // EndLog ends the reader of a log that is a pipe.
 func (a *App) EndLog() { _ = a.logReader.Close() }
 
-// FreezeLog lets the reader of a log that is a pipe read nothing until the function that it returns is called.
+// FreezeLog lets the reader of a log that is a pipe read nothing until the function that it returns is
+// called.
 func (a *App) FreezeLog() (resume func()) {
 	a.reading.Lock()
 	return a.reading.Unlock
@@ -158,8 +159,8 @@ func (a *App) Log() string {
 	return string(text)
 }
 
-// AwaitLines waits for n entries of the log with this message, and returns them. What the service logs arrives a
-// moment later than what it answers.
+// AwaitLines waits for n entries of the log with this message, and returns them. What the service logs
+// arrives a moment later than what it answers.
 func (a *App) AwaitLines(t testing.TB, message string, n int) (found []map[string]any) {
 	t.Helper()
 	Eventually(t, 30*time.Second, func() error {

@@ -28,11 +28,13 @@ var contract = sync.OnceValue(func() validator.Validator {
 	return v
 })
 
-// check fails the test when a reply is not as openapi.yaml says, or may be cached: a list from a cache would be stale.
-// Unknown paths and wrong methods are not in openapi.yaml: they get the errors of any other.
+// check fails the test when a reply is not as openapi.yaml says, or may be cached: a list from a cache
+// would be stale. Unknown paths and wrong methods are not in openapi.yaml: they get the errors of any
+// other.
 func (r Reply) check(t testing.TB, method, path string) {
 	t.Helper()
-	Equal(t, r.Header.Values("Cache-Control"), []string{"no-store"}, "Cache-Control of %s %s: %d", method, path, r.Status)
+	cached := r.Header.Values("Cache-Control")
+	Equal(t, cached, []string{"no-store"}, "Cache-Control of %s %s: %d", method, path, r.Status)
 	as, status := method+" "+path, r.Status
 	switch {
 	case status == http.StatusMethodNotAllowed:
@@ -43,7 +45,8 @@ func (r Reply) check(t testing.TB, method, path string) {
 	documented, target, _ := strings.Cut(as, " ")
 	request, err := http.NewRequest(documented, "http://goods"+target, nil)
 	Must(t, err)
-	response := &http.Response{StatusCode: status, Header: r.Header, Body: io.NopCloser(strings.NewReader(r.Body))}
+	body := io.NopCloser(strings.NewReader(r.Body))
+	response := &http.Response{StatusCode: status, Header: r.Header, Body: body}
 	if ok, faults := contract().ValidateHttpResponse(request, response); !ok {
 		t.Errorf("not as openapi.yaml says: %s %.200s: %d %.500s", method, path, r.Status, r.Body)
 		for _, f := range faults {

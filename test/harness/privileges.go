@@ -11,8 +11,8 @@ import (
 	"testing"
 )
 
-// LeastPrivilege migrates both databases, and then lets the service have a role in Postgres and a user in the ClickHouse
-// of servers with no rights but those that deploy/ grants.
+// LeastPrivilege migrates both databases, and then lets the service have a role in Postgres and a user in
+// the ClickHouse of servers with no rights but those that deploy/ grants.
 func (w *World) LeastPrivilege(t testing.TB, servers *Servers) {
 	t.Helper()
 	for _, database := range []string{"postgres", "clickhouse"} {

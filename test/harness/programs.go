@@ -20,8 +20,8 @@ func FreeAddress(t testing.TB) string {
 	return listener.Addr().String()
 }
 
-// Run runs a server that servers.sh does not know, or knows otherwise, until the test ends, and waits until it accepts
-// connections on address.
+// Run runs a server that servers.sh does not know, or knows otherwise, until the test ends, and waits until
+// it accepts connections on address.
 func Run(t testing.TB, address string, args ...string) *os.Process {
 	t.Helper()
 	// Debian keeps some of them where only root's PATH looks.

@@ -16,8 +16,8 @@ type Proxy struct {
 	conns          []net.Conn
 }
 
-// Hook passes part on, or less of it, or later, or something else. It may be called concurrently for different
-// connections; its error ends the connection.
+// Hook passes part on, or less of it, or later, or something else. It may be called concurrently for
+// different connections; its error ends the connection.
 type Hook func(to net.Conn, part []byte) error
 
 // Forward is the hook that passes part on unchanged.
@@ -85,8 +85,8 @@ func (p *Proxy) Spoil(request, reply Hook) {
 	p.request, p.reply = request, reply
 }
 
-// Redirect cuts all connections, and makes new ones lead to another server until the function that it returns is
-// called.
+// Redirect cuts all connections, and makes new ones lead to another server until the function that it
+// returns is called.
 func (p *Proxy) Redirect(server string) (back func()) {
 	lead := func(server string) (before string) {
 		p.mu.Lock()

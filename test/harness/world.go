@@ -1,4 +1,5 @@
-// Package harness runs the built program against real Postgres, Redis, NATS and ClickHouse, and looks into them.
+// Package harness runs the built program against real Postgres, Redis, NATS and ClickHouse, and looks into
+// them.
 //
 // Its helpers end the test when they fail. They may be called from several goroutines of one test.
 package harness
@@ -35,8 +36,8 @@ var serverVariables = []string{"POSTGRES_URL", "REDIS_URL", "NATS_URL", "CLICKHO
 // program is the path of the program under test.
 var program string
 
-// Main builds the program, with the race detector if the tests have it, runs the tests and exits. It is what TestMain
-// calls.
+// Main builds the program, with the race detector if the tests have it, runs the tests and exits. It is
+// what TestMain calls.
 func Main(m *testing.M) {
 	for _, name := range serverVariables {
 		if os.Getenv(name) == "" {
@@ -78,8 +79,8 @@ func File(t testing.TB, name string) []byte {
 	return text
 }
 
-// World is what one test has for itself on the servers: a database in Postgres and in ClickHouse, and a namespace in
-// Redis and NATS.
+// World is what one test has for itself on the servers: a database in Postgres and in ClickHouse, and a
+// namespace in Redis and NATS.
 type World struct {
 	Env        map[string]string // of the service
 	Namespace  string
@@ -92,8 +93,8 @@ type World struct {
 	redisURL   string // without a proxy
 }
 
-// NewWorld makes a world on the servers that the environment names, changed by overrides such as "REDIS_URL=…". It is
-// gone when the test ends.
+// NewWorld makes a world on the servers that the environment names, changed by overrides such as
+// "REDIS_URL=…". It is gone when the test ends.
 func NewWorld(t testing.TB, overrides ...string) *World {
 	t.Helper()
 	ctx := context.Background()
@@ -141,8 +142,8 @@ func NewWorld(t testing.TB, overrides ...string) *World {
 		_ = w.JS.DeleteStream(limited, w.Stream())
 		nc.Close()
 		w.DB.Close()
-		// A DROP that is cancelled leaves an invalid database, at which Postgres' autovacuum launcher waits forever:
-		// no other database is vacuumed.
+		// A DROP that is cancelled leaves an invalid database, at which Postgres' autovacuum launcher waits
+		// forever: no other database is vacuumed.
 		patient, cancel := context.WithTimeout(ctx, time.Minute)
 		defer cancel()
 		_, _ = admin.ExecContext(patient, "DROP DATABASE "+name+" WITH (FORCE)")
@@ -210,8 +211,8 @@ func One[T any](t testing.TB, w *World, query string) T {
 	return v
 }
 
-// HideLog puts another table in the place of goods_log, which refuses every event, until the function that it returns
-// is called.
+// HideLog puts another table in the place of goods_log, which refuses every event, until the function that
+// it returns is called.
 func (w *World) HideLog(t testing.TB) (show func()) {
 	t.Helper()
 	exec := func(statement string) {
@@ -238,7 +239,8 @@ func (w *World) Redis(t testing.TB, command string, args ...any) any {
 	return reply
 }
 
-// Eventually polls f until it returns nil, and fails the test with its last error when that takes longer than limit.
+// Eventually polls f until it returns nil, and fails the test with its last error when that takes longer
+// than limit.
 func Eventually(t testing.TB, limit time.Duration, f func() error) {
 	t.Helper()
 	deadline := time.Now().Add(limit)
