@@ -77,11 +77,13 @@ type service struct {
 	gets         *batcher[getRequest, good]
 	allGoods     *pages
 	projectGoods *pages
+
+	histories, largeHistories *batcher[historyRequest, []byte]
 }
 
 const (
 	batchLimit = 64 // requests in one batch
-	batchers   = 8  // of a service
+	batchers   = 8  // of a service that use Postgres
 	// requestConns are enough for every batcher to run a batch and retry requests alone, and for a ping.
 	requestConns = batchers*(1+loneRequests) + 1
 )
@@ -93,6 +95,8 @@ func newService(db *database, cache *cache, events *eventLog, wakeRelay func(), 
 	s.edits = newBatcher("edit", batchLimit, s.editGoods, metrics, log)
 	s.moves = newBatcher("reprioritize", batchLimit, s.moveGoods, metrics, log)
 	s.gets = newBatcher("get", batchLimit, s.getGoods, metrics, log)
+	s.histories = newBatcher("history", batchLimit, s.readHistory, metrics, log)
+	s.largeHistories = newBatcher("large history", batchLimit, s.readHistory, metrics, log)
 	s.allGoods = newPages("list", listVersions, listGoods, db, cache, metrics, log)
 	s.projectGoods = newPages("project list", projectVersions, projectGoods, db, cache, metrics, log)
 	return s

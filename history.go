@@ -11,19 +11,17 @@ import (
 )
 
 const (
-	// maxHistories are read at a time, and as many large ones, as the same ClickHouse stores the events.
-	maxHistories = 1
-	// historyTimeout is for both queries, and the wait before them.
+	// historyTimeout is for both queries.
 	historyTimeout = requestTimeout - 200*time.Millisecond
+	// historyConns are for a history, and for a large one beside it: the same ClickHouse stores the events.
+	historyConns = 2
 )
 
 // eventLog is the table goods_log in ClickHouse. All methods may be called concurrently.
 type eventLog struct {
 	writer, reader clickhouse.Conn // readers have connections of their own, and so never hold up the events
 	// syncInserts says that the server has to be told not to acknowledge an INSERT before it is stored.
-	syncInserts  atomic.Bool
-	reading      chan struct{} // has an element for each history that is being read
-	readingLarge chan struct{} // the same for those whose memory is reserved: others do not hold them up
+	syncInserts atomic.Bool
 }
 
 // openEventLog returns the log, which connects when it is used.
@@ -41,10 +39,8 @@ func openEventLog(options *clickhouse.Options) *eventLog {
 		return conn
 	}
 	return &eventLog{
-		writer:       open(insertWorkers + 1), // and a ping
-		reader:       open(2 * maxHistories),
-		reading:      make(chan struct{}, maxHistories),
-		readingLarge: make(chan struct{}, maxHistories),
+		writer: open(insertWorkers + 1), // and a ping
+		reader: open(historyConns),
 	}
 }
 
@@ -63,7 +59,8 @@ func (l *eventLog) ping(ctx context.Context) error {
 // insert adds events in one INSERT, and returns when they are stored.
 func (l *eventLog) insert(events []event) error {
 	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
-	// Not at once: the driver may take that for the end of an INSERT, and close a connection that the next one has.
+	// Not at once: the driver may take that for the end of an INSERT, and close a connection that the next
+	// one has.
 	defer time.AfterFunc(time.Second, cancel)
 	if l.syncInserts.Load() {
 		ctx = clickhouse.Context(ctx, clickhouse.WithSettings(clickhouse.Settings{
@@ -95,7 +92,10 @@ INSERT INTO goods_log (Id, ProjectId, Name, Description, Priority, Removed, Even
 type historyRequest struct {
 	id, projectID int32
 	limit, offset int32
+	maxBytes      int // of the page: a larger one is an errReplyTooLarge
 }
+
+func (q historyRequest) conflictKey() any { return nil }
 
 // pastVersion is a version of a good that ClickHouse holds.
 type pastVersion struct {
@@ -112,15 +112,28 @@ type pastVersion struct {
 // page has been sent. Failures: errUnavailable without ClickHouse.
 func (s *service) History(ctx context.Context, q historyRequest) (page []byte, release func(), err error) {
 	page, release, err = s.replies.build(ctx, func(ctx context.Context, maxBytes int, reserved bool) ([]byte, error) {
+		q.maxBytes = maxBytes
 		if reserved {
-			return s.log.history(ctx, q, maxBytes, s.log.readingLarge)
+			return s.largeHistories.do(ctx, q)
 		}
-		return s.log.history(ctx, q, maxBytes, s.log.reading)
+		return s.histories.do(ctx, q)
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("history: %w: %w", errUnavailable, err)
 	}
 	return page, release, nil
+}
+
+// readHistory answers the first request, and those that are equal.
+func (s *service) readHistory(requests []historyRequest, results []result[[]byte], _ bool) error {
+	page, err := s.log.history(requests[0])
+	for i, q := range requests {
+		results[i] = result[[]byte]{page, err}
+		if q != requests[0] {
+			results[i] = result[[]byte]{err: errNextBatch}
+		}
+	}
+	return nil
 }
 
 const (
@@ -147,23 +160,16 @@ ORDER BY Version DESC
 LIMIT ?, ?`
 )
 
-// history returns a page of at most maxBytes, once there is room in reading.
-func (l *eventLog) history(ctx context.Context, q historyRequest, maxBytes int,
-	reading chan struct{}) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, historyTimeout)
+// history returns a page.
+func (l *eventLog) history(q historyRequest) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), historyTimeout)
 	defer cancel()
-	select {
-	case reading <- struct{}{}:
-		defer func() { <-reading }()
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
 	var total, bytes uint64
 	row := l.reader.QueryRow(ctx, countVersions, q.projectID, q.id, q.offset-1, q.limit, q.projectID, q.id)
 	if err := row.Scan(&total, &bytes); err != nil {
 		return nil, err
 	}
-	if bytes > uint64(maxBytes) {
+	if bytes > uint64(q.maxBytes) {
 		return nil, errReplyTooLarge(bytes)
 	}
 	rows, err := l.reader.Query(ctx, selectVersions, q.projectID, q.id, q.offset-1, q.limit)
@@ -185,7 +191,7 @@ func (l *eventLog) history(ctx context.Context, q historyRequest, maxBytes int,
 		v.Time = v.Time.UTC()
 		text := encodeJSON(v)
 		size += len(text) + 1
-		if size <= maxBytes { // else only the size is of interest
+		if size <= q.maxBytes { // else only the size is of interest
 			page = append(page, separator...)
 			page = append(page, text...)
 			separator = ","
@@ -194,7 +200,7 @@ func (l *eventLog) history(ctx context.Context, q historyRequest, maxBytes int,
 	if err := rows.Err(); err != nil {
 		return nil, err
 	}
-	if size > maxBytes {
+	if size > q.maxBytes {
 		return nil, errReplyTooLarge(size + 16)
 	}
 	return append(page, "]}\n"...), nil

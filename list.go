@@ -70,7 +70,7 @@ func newPages(name, versions, goods string, db *database, cache *cache, metrics 
 	log *slog.Logger) *pages {
 	p := &pages{db: db, cache: cache, versions: versions, goods: goods}
 	p.batcher = newBatcher(name, batchLimit, p.read, metrics, log)
-	p.largeBatcher = newBatcher("large "+name, batchLimit, p.read, metrics, log)
+	p.largeBatcher = newBatcher("large "+name, batchLimit, p.readOne, metrics, log)
 	return p
 }
 
@@ -93,6 +93,22 @@ func (p *pages) read(requests []listRequest, results []result[[]byte], _ bool) e
 	}
 	for i, q := range requests {
 		results[i] = *answers[q]
+	}
+	return nil
+}
+
+// readOne answers the first request, and those that are equal: large pages are not held until others are
+// read.
+func (p *pages) readOne(requests []listRequest, results []result[[]byte], _ bool) error {
+	answers := map[listRequest]*result[[]byte]{requests[0]: {}}
+	if err := p.readTogether(requests[:1], answers); err != nil {
+		return err
+	}
+	for i, q := range requests {
+		results[i] = result[[]byte]{err: errNextBatch}
+		if q == requests[0] {
+			results[i] = *answers[q]
+		}
 	}
 	return nil
 }

@@ -22,33 +22,51 @@ const (
 
 // memory is an amount of memory that replies share. All methods may be called concurrently.
 type memory struct {
-	turn chan struct{} // held while reserving, so that two callers never wait for each other's units
-	used chan struct{} // has an element for each memoryUnit that is reserved
+	first chan struct{} // held by who asks for the first time, so that others can overtake those that wait for it
+	turn  chan struct{} // held while reserving, so that two callers never wait for each other's units
+	used  chan struct{} // has an element for each memoryUnit that is reserved
 }
 
 func newMemory(bytes int) *memory {
-	return &memory{turn: make(chan struct{}, 1), used: make(chan struct{}, bytes/memoryUnit)}
+	return &memory{
+		first: make(chan struct{}, 1),
+		turn:  make(chan struct{}, 1),
+		used:  make(chan struct{}, bytes/memoryUnit),
+	}
 }
 
-// reserve waits for so many bytes, in the order of the calls. It fails with errNoMemory when ctx ends. The
-// caller must call release when it no longer needs them.
-func (m *memory) reserve(ctx context.Context, bytes int) (release func(), err error) {
-	select {
-	case m.turn <- struct{}{}:
-	case <-ctx.Done():
-		return nil, errNoMemory
+// reserve waits for so many bytes, in the order of the calls, but again says that the caller has waited
+// before and overtakes those who have not. It fails with errNoMemory when ctx ends. The caller must call
+// release when it no longer needs them.
+func (m *memory) reserve(ctx context.Context, bytes int, again bool) (release func(), err error) {
+	if !again {
+		if err := enter(ctx, m.first); err != nil {
+			return nil, err
+		}
+		defer func() { <-m.first }()
+	}
+	if err := enter(ctx, m.turn); err != nil {
+		return nil, err
 	}
 	defer func() { <-m.turn }()
 	units := min((bytes+memoryUnit-1)/memoryUnit, cap(m.used))
 	for n := range units {
-		select {
-		case m.used <- struct{}{}:
-		case <-ctx.Done():
+		if err := enter(ctx, m.used); err != nil {
 			m.free(n)
-			return nil, errNoMemory
+			return nil, err
 		}
 	}
 	return sync.OnceFunc(func() { m.free(units) }), nil
+}
+
+// enter puts an element into a channel, when there is room.
+func enter(ctx context.Context, c chan struct{}) error {
+	select {
+	case c <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return errNoMemory
+	}
 }
 
 func (m *memory) free(units int) {
@@ -67,14 +85,14 @@ func newReplyMemory() replyMemory {
 }
 
 // reserve is memory.reserve, for a reply of so many bytes.
-func (m replyMemory) reserve(ctx context.Context, bytes int) (release func(), err error) {
+func (m replyMemory) reserve(ctx context.Context, bytes int, again bool) (release func(), err error) {
 	switch {
 	case bytes <= freeReply:
 		return func() {}, nil
 	case bytes <= mediumReply:
-		return m.medium.reserve(ctx, bytes)
+		return m.medium.reserve(ctx, bytes, again)
 	default:
-		return m.large.reserve(ctx, bytes)
+		return m.large.reserve(ctx, bytes, again)
 	}
 }
 
@@ -100,14 +118,14 @@ func (m replyMemory) build(ctx context.Context, build builder) (reply []byte, re
 	reply = nil
 	ctx, cancel := context.WithDeadline(ctx, start.Add(requestTimeout)) // what is easy comes without
 	defer cancel()
-	for {
+	for again := false; ; again = true {
 		var tooLarge errReplyTooLarge
 		if errors.As(err, &tooLarge) {
 			need = int(tooLarge) + int(tooLarge)/8 // for escapes, which are not counted beforehand
 		} else if err != nil {
 			return nil, nil, err
 		}
-		release, err = m.reserve(ctx, need)
+		release, err = m.reserve(ctx, need, again)
 		if err != nil {
 			return nil, nil, err
 		}

@@ -12,7 +12,7 @@ import (
 
 const (
 	readyDelay      = 500 * time.Millisecond // between a 503 on /readyz and the end of listening
-	silentTimeout   = 500 * time.Millisecond // for the first byte of a connection, after the end of listening
+	silentTimeout   = time.Second            // for the first byte of a connection, after the end of listening
 	shutdownTimeout = 10 * time.Second       // for the requests in flight
 	// sendBuffer is what the kernel keeps of a reply that is not read, in bytes. By itself it takes
 	// megabytes for each connection, which count as memory of the container.
