@@ -11,7 +11,7 @@ import (
 )
 
 const (
-	// historyTimeout is for both queries.
+	// historyTimeout is for all queries of a page.
 	historyTimeout = requestTimeout - 200*time.Millisecond
 	// historyConns are for a history, and for a large one beside it: the same ClickHouse stores the events.
 	historyConns = 2
@@ -137,18 +137,19 @@ func (s *service) readHistory(requests []historyRequest, results []result[[]byte
 }
 
 const (
-	// The size of a page is asked for first, so that a large one is not read before there is memory for it.
+	// A page's size is asked for first, so that a large one is not read before there is memory for it.
+	sizeOfVersions = `
+SELECT sum(length(Name) + length(Description) + 120)
+FROM (
+    SELECT Name, Description
+    FROM goods_log FINAL
+    WHERE ProjectId = ? AND Id = ?
+    ORDER BY Version DESC
+    LIMIT ?, ?
+)`
+
 	countVersions = `
-SELECT count(), ifNull((
-    SELECT sum(length(Name) + length(Description) + 120)
-    FROM (
-        SELECT Name, Description
-        FROM goods_log FINAL
-        WHERE ProjectId = ? AND Id = ?
-        ORDER BY Version DESC
-        LIMIT ?, ?
-    )
-), 0)
+SELECT count()
 FROM goods_log FINAL
 WHERE ProjectId = ? AND Id = ?`
 
@@ -164,13 +165,19 @@ LIMIT ?, ?`
 func (l *eventLog) history(q historyRequest) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), historyTimeout)
 	defer cancel()
-	var total, bytes uint64
-	row := l.reader.QueryRow(ctx, countVersions, q.projectID, q.id, q.offset-1, q.limit, q.projectID, q.id)
-	if err := row.Scan(&total, &bytes); err != nil {
-		return nil, err
+	if q.maxBytes == smallReply { // else there is memory for what this query has returned before
+		var bytes uint64
+		row := l.reader.QueryRow(ctx, sizeOfVersions, q.projectID, q.id, q.offset-1, q.limit)
+		if err := row.Scan(&bytes); err != nil {
+			return nil, err
+		}
+		if bytes > smallReply {
+			return nil, errReplyTooLarge(bytes)
+		}
 	}
-	if bytes > uint64(q.maxBytes) {
-		return nil, errReplyTooLarge(bytes)
+	var total uint64
+	if err := l.reader.QueryRow(ctx, countVersions, q.projectID, q.id).Scan(&total); err != nil {
+		return nil, err
 	}
 	rows, err := l.reader.Query(ctx, selectVersions, q.projectID, q.id, q.offset-1, q.limit)
 	if err != nil {
