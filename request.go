@@ -286,8 +286,9 @@ func (in *input) ifMatch() *int32 {
 	}
 	tag := values[0]
 	if len(values) == 1 && len(tag) > 2 && strings.HasPrefix(tag, `"`) && strings.HasSuffix(tag, `"`) {
-		version, err := strconv.ParseUint(tag[1:len(tag)-1], 10, 31)
-		if err == nil {
+		digits := tag[1 : len(tag)-1]
+		version, err := strconv.ParseUint(digits, 10, 31)
+		if err == nil && digits[0] != '0' { // as we write it
 			v := int32(version)
 			return &v
 		}
