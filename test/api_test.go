@@ -122,7 +122,11 @@ func TestCalls(t *testing.T) {
 	harness.Equal(t, fmt.Sprint(r.Status, r.Body), `200{"id":2,"campaignId":1,"removed":true}`+"\n", "remove")
 	l := harness.Want[answer](t, a, 200, "GET", "/goods/list", "")
 	order := []item{
-		{4, "3", 1, false}, {2, "1", 2, true}, {3, "2", 3, false}, {5, "4", 4, false}, {1, "A", 5, false},
+		{4, 1, "3", 1, false, 0},
+		{2, 1, "1", 2, true, 0},
+		{3, 1, "2", 3, false, 0},
+		{5, 1, "4", 4, false, 0},
+		{1, 1, "A", 5, false, 0},
 	}
 	harness.Equal(t, []any{l.Meta.Total, l.Meta.Removed, l.Goods}, []any{5, 1, order}, "list")
 	harness.Equal(t, w.Settled(t, 15*time.Second), 5+2+3+3+3+1, "events")
