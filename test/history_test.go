@@ -135,7 +135,7 @@ func clickHouseYear(t testing.TB, w *harness.World) (year int) {
 func TestLongHistory(t *testing.T) {
 	w, a := started(t, "EVENTS_BATCH=50")
 	a.Create(t, "one")
-	const changes = 400
+	const changes = 150
 	w.Exec(t, fmt.Sprintf(`
 DO $$
 BEGIN

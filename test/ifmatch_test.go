@@ -162,7 +162,7 @@ func TestOneOfManyMatches(t *testing.T) {
 func TestNoLostUpdate(t *testing.T) {
 	w, a := started(t, "EVENTS_BATCH=50")
 	replicas := []*harness.App{a, w.Start(t, "EVENTS_BATCH=50")}
-	const clients, each = 16, 10
+	const clients, each = 16, 6
 	for range 3 {
 		a.Create(t, "0")
 	}
