@@ -288,8 +288,11 @@ func (in *input) ifMatch() *int32 {
 	if len(values) == 1 && len(tag) > 2 && strings.HasPrefix(tag, `"`) && strings.HasSuffix(tag, `"`) {
 		digits := tag[1 : len(tag)-1]
 		version, err := strconv.ParseUint(digits, 10, 31)
-		if err == nil && digits[0] != '0' { // as we write it
+		if err == nil {
 			v := int32(version)
+			if digits[0] == '0' {
+				v = 0 // tags are compared as text: this one is of no version
+			}
 			return &v
 		}
 	}

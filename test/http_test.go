@@ -277,19 +277,20 @@ func TestUnreadReply(t *testing.T) {
 	w.Exec(t, `
 INSERT INTO goods (project_id, name, description)
 SELECT 1, n::text, repeat('日', 10000)
-FROM generate_series(1, 1000) AS n`)
+FROM generate_series(1, 100) AS n`)
 	conn, err := net.Dial("tcp", strings.TrimPrefix(a.URL, "http://"))
 	harness.Must(t, err)
 	defer conn.Close()
-	_, err = io.WriteString(conn, "GET /goods/list?limit=1000 HTTP/1.1\r\nHost: goods\r\n\r\n")
+	harness.Must(t, conn.(*net.TCPConn).SetReadBuffer(64<<10)) // or the kernel would take all of it
+	_, err = io.WriteString(conn, "GET /goods/list?limit=100 HTTP/1.1\r\nHost: goods\r\n\r\n")
 	harness.Must(t, err)
 	<-time.After(31 * time.Second)
 	harness.Must(t, conn.SetDeadline(time.Now().Add(10*time.Second)))
 	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
 	harness.Must(t, err)
 	read, err := io.Copy(io.Discard, response.Body)
-	if err == nil || read >= response.ContentLength || response.ContentLength < 30e6 {
+	if err == nil || read >= response.ContentLength || response.ContentLength < 3e6 {
 		t.Errorf("got %d of %d bytes, %v, want fewer and an error", read, response.ContentLength, err)
 	}
-	harness.Equal(t, len(a.List(t, 1000, 1).Goods), 1000, "goods on a page that is read")
+	harness.Equal(t, len(a.List(t, 100, 1).Goods), 100, "goods on a page that is read")
 }
