@@ -93,7 +93,7 @@ func newService(db *database, cache *cache, events *eventLog, wakeRelay func(), 
 	s := &service{db: db, cache: cache, log: events, replies: newReplyMemory(), wakeRelay: wakeRelay}
 	s.creates = newBatcher("create", batchLimit, s.createGoods, metrics, log)
 	s.edits = newBatcher("edit", batchLimit, s.editGoods, metrics, log)
-	s.moves = newBatcher("reprioritize", batchLimit, s.moveGoods, metrics, log)
+	s.moves = newBatcher("reprioritize", moveBatchLimit, s.moveGoods, metrics, log)
 	s.gets = newBatcher("get", batchLimit, s.getGoods, metrics, log)
 	s.histories = newBatcher("history", batchLimit, s.readHistory, metrics, log)
 	s.largeHistories = newBatcher("large history", batchLimit, s.readHistory, metrics, log)

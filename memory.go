@@ -18,6 +18,8 @@ const (
 	mediumMemory = 32 << 20 // for replies of up to mediumReply: large ones do not hold them up
 	largeMemory  = 64 << 20 // for the rest; the largest page has 62 MB
 	memoryUnit   = 64 << 10
+	// reserveTimeout is how long a reply that is built already waits for its memory.
+	reserveTimeout = time.Millisecond
 )
 
 // memory is an amount of memory that replies share. All methods may be called concurrently.
@@ -105,18 +107,26 @@ func (e errReplyTooLarge) Error() string { return fmt.Sprintf("the reply has %d 
 // memory for it.
 type builder func(ctx context.Context, maxBytes int, reserved bool) ([]byte, error)
 
-// build returns a reply. One that needs a reservation is built anew once there is memory for it, rather
-// than held meanwhile. All of it ends within requestTimeout. The caller must call release when
-// the reply has been sent; after an error, there is nothing to release.
+// build returns a reply. One that is not small has its memory reserved: if that has to wait, the reply is
+// built anew afterwards rather than held meanwhile. All of it ends within requestTimeout. The caller must
+// call release when the reply has been sent; after an error, there is nothing to release.
 func (m replyMemory) build(ctx context.Context, build builder) (reply []byte, release func(), err error) {
 	start := time.Now()
 	reply, err = build(ctx, smallReply, false)
-	if err == nil && len(reply) <= freeReply {
+	need := len(reply)
+	if err == nil && need <= freeReply {
 		return reply, func() {}, nil
 	}
-	need := len(reply)
-	reply = nil
-	ctx, cancel := context.WithDeadline(ctx, start.Add(requestTimeout)) // what is easy comes without
+	if err == nil {
+		moment, cancel := context.WithTimeout(ctx, reserveTimeout)
+		defer cancel()
+		release, err = m.reserve(moment, need, false)
+		if err == nil {
+			return reply, release, nil
+		}
+		reply, err = nil, nil
+	}
+	ctx, cancel := context.WithDeadline(ctx, start.Add(requestTimeout))
 	defer cancel()
 	for again := false; ; again = true {
 		var tooLarge errReplyTooLarge

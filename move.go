@@ -13,8 +13,10 @@ const (
 	// Creates and other moves wait meanwhile, and all of it has to end within statementTimeout: 10,000 take
 	// a quarter of a second on two quiet cores, and 1.5 seconds with ten other processes on them.
 	maxSpan = 10_000
-	// maxBatchSpan limits the goods that a batch renumbers before the rest of its moves waits for the next.
-	maxBatchSpan = 2_000
+	// Creates wait for a batch of moves, too. So it is smaller than others, and ends when it has renumbered
+	// maxBatchSpan goods: the rest of its moves waits for the next.
+	moveBatchLimit = 16
+	maxBatchSpan   = 300
 )
 
 // position says where a good is in the list.

@@ -113,7 +113,7 @@ BEGIN
             UPDATE goods AS g
             SET priority = CASE WHEN g.id = request.id THEN target ELSE g.priority + step END,
                 version = g.version + 1
-            WHERE g.id = ANY (ARRAY(SELECT l.id FROM locked AS l))
+            WHERE g.priority BETWEEN low AND high
               AND (SELECT count(*) FROM locked) = high - low + 1
             RETURNING g.id, g.priority, g.version
         )
