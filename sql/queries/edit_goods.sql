@@ -14,13 +14,6 @@ WITH request AS (
     FROM ROWS FROM (json_to_recordset($1)
         AS (id integer, project_id integer, name text, description text, removed boolean, version integer))
         WITH ORDINALITY AS r (id, project_id, name, description, removed, version, n)
-), present AS MATERIALIZED (
-    -- As of the beginning of this statement. A good that is not there then is
-    -- missing, whoever holds it.
-    SELECT r.n
-    FROM request AS r
-    JOIN goods AS g ON g.id = r.id AND g.project_id = r.project_id
-    WHERE NOT g.removed
 ), locked AS MATERIALIZED (
     SELECT r.n, g.id, r.version IS NULL OR r.version = g.version AS same_version
     FROM request AS r
@@ -43,12 +36,14 @@ WITH request AS (
 SELECT r.n,
        CASE WHEN e.n IS NOT NULL THEN 'edited'
             WHEN l.n IS NOT NULL THEN 'changed'
-            WHEN p.n IS NOT NULL THEN 'locked'
+            -- As of the beginning of this statement: a good that is not there then is
+            -- missing, whoever holds it.
+            WHEN EXISTS (SELECT FROM goods AS g WHERE g.id = r.id AND g.project_id = r.project_id AND NOT g.removed)
+                THEN 'locked'
             ELSE 'missing'
        END AS outcome,
        coalesce(e.id, 0), coalesce(e.project_id, 0), coalesce(e.name, ''), coalesce(e.description, ''),
        coalesce(e.priority, 0), coalesce(e.removed, false), coalesce(e.created_at, 'epoch'), coalesce(e.version, 0)
 FROM request AS r
-LEFT JOIN present AS p ON p.n = r.n
 LEFT JOIN locked AS l ON l.n = r.n
 LEFT JOIN edited AS e ON e.n = r.n
