@@ -20,8 +20,8 @@ import (
 //   - Who joins: a call joins only a batch that has not begun, so a read sees every write that was answered
 //     before the read was sent. No two calls of a batch share a conflictKey.
 //   - Who waits: every caller, for requestTimeout at most, whatever its batch is waiting for. A batch never
-//     waits for one of its calls: what another transaction has locked is left out, and only a call that is
-//     retried alone may wait for it.
+//     waits for one of its calls: what another transaction has locked is left out, and left out again by the next
+//     batch; only then is the call retried alone, and may wait. Such calls wait for each other, too.
 //   - What is retried: a call that its batch left out (errRetryAlone), and every call of a batch that failed,
 //     alone and once. So a failure stays with its own call, and a pooled connection that died while it was
 //     idle fails no call at all.
@@ -30,18 +30,19 @@ import (
 
 const (
 	requestTimeout = 4 * time.Second // a caller gets an error then
-	loneRequests   = 2               // of a batcher, that are retried alone at a time
+	loneRequests   = 2               // that a batcher retries alone at the same time
 )
 
 var (
 	// errRetryAlone is the result of a request that its batch left out: it would have made the others wait.
 	errRetryAlone = errors.New("to be retried alone")
-	// errNextBatch is the result of a request that did not fit into its batch.
+	// errNextBatch is the result of a request that its batch did not run: it waits for the next, before all
+	// others.
 	errNextBatch = errors.New("belongs to the next batch")
 )
 
-// request is what a batcher takes.
-type request interface {
+// batchable is a request that a batcher takes.
+type batchable interface {
 	conflictKey() any // what no two requests of one batch may have in common, or nil
 }
 
@@ -52,15 +53,16 @@ type result[A any] struct {
 }
 
 // batcher answers concurrent calls in batches. All methods may be called concurrently.
-type batcher[Q request, A any] struct {
+type batcher[Q batchable, A any] struct {
 	name  string
 	limit int // requests in one batch
-	// run answers a batch: it fills in a result for each request, or returns one error for all of them. One
-	// goroutine runs all batches; with alone, which has a single request, run is called by others as well.
+	// run answers a batch: it fills in results[i] for requests[i], or returns one error for all of them. The
+	// error of a result may be errRetryAlone or errNextBatch, unless alone. One goroutine runs all batches;
+	// retries, of one request and with alone, run beside it.
 	run   func(requests []Q, results []result[A], alone bool) error
 	sizes *histogram
 	log   *slog.Logger
-	lone  chan struct{} // has an element for each request that is being retried alone
+	lone  chan struct{} // has an element for each retry that runs
 
 	mu      sync.Mutex    // guards what follows
 	waiting []*call[Q, A] // in the order of their arrival
@@ -68,37 +70,35 @@ type batcher[Q request, A any] struct {
 }
 
 // call is a request whose caller waits.
-type call[Q request, A any] struct {
+type call[Q batchable, A any] struct {
 	ctx       context.Context
 	request   Q
-	answer    chan result[A] // has room for the one result, so that a batch never waits for a caller
-	abandoned atomic.Bool    // the caller has left
-	failure   atomic.Value   // the error of the batch that it is retried for
+	answer    chan result[A]        // has room for the one result, so that a batch never waits for a caller
+	abandoned atomic.Bool           // the caller has left
+	leftOut   bool                  // by a batch before; only the goroutine that runs batches uses it
+	failure   atomic.Pointer[error] // why it is retried
 }
 
-// failedBatch holds an error of any type, so that atomic.Value takes it.
-type failedBatch struct{ err error }
-
-func newBatcher[Q request, A any](name string, limit int, run func([]Q, []result[A], bool) error,
+func newBatcher[Q batchable, A any](name string, limit int, run func([]Q, []result[A], bool) error,
 	metrics *metrics, log *slog.Logger) *batcher[Q, A] {
 	return &batcher[Q, A]{
 		name:  name,
 		limit: limit,
 		run:   run,
-		sizes: metrics.batch(name),
+		sizes: metrics.addBatcher(name),
 		log:   log,
 		lone:  make(chan struct{}, loneRequests),
 	}
 }
 
 // do answers a request, or fails when ctx ends or after requestTimeout. A request that has not begun by
-// then never will; one that has begun is finished, and nobody gets its result.
-func (b *batcher[Q, A]) do(ctx context.Context, request Q) (A, error) {
+// then never will; one that has begun is finished, and nobody gets its result. Its own errors wrap
+// context.Canceled or context.DeadlineExceeded, and the failure that the request was being retried for.
+func (b *batcher[Q, A]) do(ctx context.Context, request Q) (answer A, err error) {
 	c := &call[Q, A]{ctx: ctx, request: request, answer: make(chan result[A], 1)}
 	b.join(c)
 	timeout := time.NewTimer(requestTimeout) // much cheaper than a context with a timeout
 	defer timeout.Stop()
-	var err error
 	select {
 	case r := <-c.answer:
 		return r.answer, r.err
@@ -108,11 +108,10 @@ func (b *batcher[Q, A]) do(ctx context.Context, request Q) (A, error) {
 		err = context.DeadlineExceeded
 	}
 	c.abandoned.Store(true)
-	if cause, ok := c.failure.Load().(failedBatch); ok {
-		err = fmt.Errorf("%w: %w", err, cause.err)
+	if cause := c.failure.Load(); cause != nil {
+		err = fmt.Errorf("%w: %w", err, *cause)
 	}
-	var none A
-	return none, fmt.Errorf("batch %s: %w", b.name, err)
+	return answer, fmt.Errorf("batch %s: %w", b.name, err)
 }
 
 // join lets c wait for the next batch, and sees to it that there will be one.
@@ -136,7 +135,6 @@ func (b *batcher[Q, A]) runAll() {
 		if len(batch) == 0 {
 			return
 		}
-		b.sizes.observe(float64(len(batch)))
 		requests := make([]Q, len(batch))
 		for i, c := range batch {
 			requests[i] = c.request
@@ -148,22 +146,27 @@ func (b *batcher[Q, A]) runAll() {
 			case errors.Is(err, errOutcomeUnknown):
 				c.answer <- result[A]{err: err}
 			case err != nil:
-				c.failure.Store(failedBatch{err})
+				c.failure.Store(&err)
 				go b.retryAlone(c)
-			case results[i].err == errRetryAlone:
-				c.failure.Store(failedBatch{errLocked})
+			case results[i].err == errRetryAlone && c.leftOut:
+				c.failure.Store(&errLocked)
 				go b.retryAlone(c)
+			case results[i].err == errRetryAlone: // most locks are short
+				c.leftOut = true
+				postponed = append(postponed, c)
 			case results[i].err == errNextBatch:
 				postponed = append(postponed, c)
 			default:
 				c.answer <- results[i]
 			}
 		}
+		b.sizes.observe(float64(len(batch) - len(postponed)))
 		b.postpone(postponed)
 	}
 }
 
-// next takes a batch out of the calls that wait. An empty one means that none does.
+// next takes a batch out of the calls that wait. If none does, the batch is empty, and b runs no batches
+// any more: the next call to join changes that.
 func (b *batcher[Q, A]) next() []*call[Q, A] {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -203,7 +206,7 @@ func (b *batcher[Q, A]) postpone(calls []*call[Q, A]) {
 	b.waiting = append(calls, b.waiting...)
 }
 
-// retryAlone runs a request by itself, in which it may wait.
+// retryAlone runs a request alone, so that it may wait for locks.
 func (b *batcher[Q, A]) retryAlone(c *call[Q, A]) {
 	b.lone <- struct{}{}
 	defer func() { <-b.lone }()
@@ -227,4 +230,16 @@ func (b *batcher[Q, A]) try(requests []Q, alone bool) (results []result[A], err 
 		}
 	}()
 	return results, b.run(requests, results, alone)
+}
+
+// answerEqual gives a result to the first request and to those that are equal, and leaves the others to the
+// next batch.
+func answerEqual[Q comparable, A any](requests []Q, results []result[A], r result[A]) {
+	for i, q := range requests {
+		if q == requests[0] {
+			results[i] = r
+		} else {
+			results[i].err = errNextBatch
+		}
+	}
 }

@@ -16,12 +16,13 @@ const (
 	cacheTTL     = time.Minute            // a good is kept for so long, in Redis and in the process
 	cacheTimeout = 200 * time.Millisecond // for each step of an exchange with Redis
 	cachePause   = time.Second            // Redis is left alone for so long after a failure
-	cacheConns   = 16                     // connections to Redis
 	cacheChunk   = 100                    // keys of one MGET: one reply of 1,000 large goods would take too long
 	cacheFormat  = 1                      // of the JSON of a good: another format gets other keys
 
-	cacheWriters   = 4   // goroutines that write to Redis
-	cacheMaxWrites = 256 // batches of writes that wait for them; more are dropped
+	cacheWriters   = 4  // goroutines that write to Redis
+	cacheMaxWrites = 64 // writes that wait for them, of up to smallReply each; more are dropped
+	// cacheConns are enough for every batcher of lists, for the writers, and for a ping.
+	cacheConns = 4*(1+loneRequests) + cacheWriters + 1
 
 	localBits    = 14 // 1<<localBits goods are kept in the process itself
 	localMaxSize = 1 << 10
@@ -32,8 +33,6 @@ const (
 type key = int64
 
 func newKey(id, version int32) key { return int64(id)<<32 | int64(version) }
-
-func (g *good) key() key { return newKey(g.ID, g.version) }
 
 // cache keeps versions of goods, as the JSON that a list sends: the last of them in the process itself,
 // which answers a seventh more hot lists than Redis alone, and all in Redis, for all replicas. Errors of
@@ -97,7 +96,7 @@ func dialRedis(url string) (redis.Conn, error) {
 		redis.DialWriteTimeout(cacheTimeout))
 }
 
-// breaker is a circuit breaker: it is open for cachePause after each failure.
+// breaker is a circuit breaker: it is open for cachePause after each failure, and closed afterwards.
 type breaker struct {
 	mu     sync.Mutex
 	failed time.Time
@@ -194,8 +193,8 @@ func (c *cache) getShared(serverID string, keys []key, missing []int, goods [][]
 	return found
 }
 
-// isGood tells the JSON of the good that belongs under a key from whatever else may be there. It relies on
-// the order of the fields of type good: the id comes first, and a time last.
+// isGood reports whether value looks like the JSON of the good that k names: Redis may hold anything. It
+// relies on the order of the fields of type good: the id comes first, and a time last.
 func isGood(value []byte, k key) bool {
 	start := strconv.AppendInt([]byte(`{"id":`), k>>32, 10)
 	start = append(start, `,"projectId":`...)
@@ -212,7 +211,7 @@ func (c *cache) keep(serverID string, keys []key, goods [][]byte) {
 	}
 	for i, k := range keys {
 		if goods[i] != nil && len(goods[i]) <= localMaxSize {
-			*c.place(k) = localGood{k, goods[i]}
+			*c.place(k) = localGood{key: k, json: goods[i]}
 		}
 	}
 }
@@ -252,13 +251,14 @@ func (c *cache) redisKey(serverID string, k key) string {
 	return string(b)
 }
 
-// ping reports whether Redis runs the commands that goods are cached with, whatever went wrong a moment ago.
+// ping runs the commands that the cache needs, also while the breaker is open. It ignores ctx: each step has
+// cacheTimeout.
 func (c *cache) ping(context.Context) error {
 	first := fmt.Sprintf("%s:%d:ping1", c.namespace, cacheFormat)
 	second := fmt.Sprintf("%s:%d:ping2", c.namespace, cacheFormat)
 	for _, w := range []redisWrite{
 		{"SET", [][]any{{first, "", "EX", 1}}},
-		{"MGET", [][]any{{first, second}}}, // a cluster refuses two keys that are not in the same place
+		{"MGET", [][]any{{first, second}}}, // a cluster refuses keys of two slots
 		{"UNLINK", [][]any{{first}}},
 	} {
 		if _, err := c.exchange(w.command, w.args); err != nil {
@@ -275,7 +275,7 @@ func (c *cache) runLater(command string, args [][]any) {
 		return
 	}
 	select {
-	case c.writes <- redisWrite{command, args}:
+	case c.writes <- redisWrite{command: command, args: args}:
 	default:
 	}
 }

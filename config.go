@@ -114,9 +114,10 @@ func (c *config) set(name, value string) (err error) {
 
 var namespacePattern = regexp.MustCompile(`^[a-z][a-z0-9_-]{0,31}$`)
 
-func parseWithin(value string, most int) (int, error) {
+// parseWithin parses an integer from 1 to max.
+func parseWithin(value string, max int) (int, error) {
 	n, err := strconv.Atoi(value)
-	if err == nil && (n < 1 || n > most) {
+	if err == nil && (n < 1 || n > max) {
 		err = errUnfit
 	}
 	return n, err
@@ -132,18 +133,20 @@ func checkAddress(value string) error {
 	return err
 }
 
-// parseURL parses a URL with one of these schemes. An @ after the host is a sign of a special character in a
-// password, which has cut it off.
+// parseURL parses a URL with one of these schemes. An @ in the path or the query is one of a password with
+// a / or ? that should have been percent-encoded.
 func parseURL(value string, schemes ...string) (*url.URL, error) {
 	u, err := url.Parse(value)
 	if err != nil {
 		return nil, err
 	}
-	_, err = url.ParseQuery(u.RawQuery)
-	if !slices.Contains(schemes, u.Scheme) || strings.ContainsAny(u.Path+u.RawQuery, "@") || u.Fragment != "" {
-		err = errUnfit
+	if _, err := url.ParseQuery(u.RawQuery); err != nil {
+		return nil, err
 	}
-	return u, err
+	if !slices.Contains(schemes, u.Scheme) || strings.Contains(u.Path+u.RawQuery, "@") || u.Fragment != "" {
+		return nil, errUnfit
+	}
+	return u, nil
 }
 
 func checkPostgresURL(value string) error {
@@ -189,17 +192,23 @@ func checkNATSURL(value string) error {
 	return nil
 }
 
-// oneHost reports whether a URL has a host, and only one, and if it has a port, one that there is.
+// oneHost reports whether a URL has exactly one host, and a valid port if any.
 func oneHost(u *url.URL) bool {
 	if u.Hostname() == "" || strings.Contains(u.Host, ",") {
 		return false
 	}
-	return u.Port() == "" && !strings.HasSuffix(u.Host, ":") || checkAddress(u.Host) == nil
+	if u.Port() == "" {
+		return !strings.HasSuffix(u.Host, ":")
+	}
+	return checkAddress(u.Host) == nil
 }
 
+// otherHosts are those after the first of a URL.
+var otherHosts = regexp.MustCompile(`,[^@/?]*`)
+
 func parseClickHouseURL(value string) (*clickhouse.Options, error) {
-	firstHost := regexp.MustCompile(`,[^@/?]*`).ReplaceAllString(value, "") // url.Parse knows one only
-	u, err := parseURL(firstHost, "clickhouse", "http", "https")
+	single := otherHosts.ReplaceAllString(value, "") // url.Parse takes one host only
+	u, err := parseURL(single, "clickhouse", "http", "https")
 	if err != nil {
 		return nil, err
 	}

@@ -37,7 +37,7 @@ var (
 	errMethodNotAllowed = &failure{405, 6, "errors.method.notAllowed", noDetails}
 	// body over maxBody
 	errTooLarge = &failure{413, 7, "errors.request.tooLarge", noDetails}
-	// Postgres, or for a history ClickHouse, cannot serve now; or the service is busy or shutting down
+	// Postgres, or for a history ClickHouse, cannot serve now; or the service is busy
 	errUnavailable = &failure{503, 8, "errors.service.unavailable", noDetails}
 	// the Idempotency-Key was first sent with another name or description
 	errKeyReused = &failure{422, 9, "errors.request.keyReused", noDetails}
@@ -54,7 +54,7 @@ func invalid(details map[string]string) *failure {
 	return &failure{400, 2, "errors.request.invalid", details}
 }
 
-// Errors that the parts of the service tell each other.
+// Errors inside the service, which no client sees.
 var (
 	// errOutcomeUnknown marks an error after which a write may or may not be in Postgres: the service never
 	// repeats it.
@@ -64,7 +64,7 @@ var (
 	// errServerChanged is the error of a list during whose reading the database moved to another server,
 	// again and again.
 	errServerChanged = errors.New("the database has moved to another server")
-	// errNoMemory is the error of a list that waited too long for other large replies to be read.
+	// errNoMemory is the error of a reply that waited too long for other large replies to be read.
 	errNoMemory = errors.New("other large replies take all memory that there is for them")
 )
 

@@ -6,8 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -18,7 +18,8 @@ const (
 	insertWorkers = 4               // INSERTs at a time
 	eventTimeout  = 5 * time.Second // for one exchange with ClickHouse, or one statement of Postgres
 	ackWait       = 2 * eventTimeout
-	lostAfter     = 30 * time.Second // when NATS has nothing left, events that were published earlier are lost
+	lostAfter     = 30 * time.Second // longer than any event is on its way to the stream
+	lookInterval  = lostAfter / 3    // between two looks for lost events
 	retryFirst    = 100 * time.Millisecond
 	retryMost     = 2 * time.Second
 )
@@ -69,43 +70,40 @@ type consumer struct {
 
 // run consumes, forever.
 func (c *consumer) run() {
-	c.retry("migrate clickhouse", nil, c.events.migrate)
-	state := stateLog{log: c.log, name: "consumer"}
+	c.retry("migrate clickhouse", c.events.migrate)
+	state := &stateLog{log: c.log, name: "consumer"}
 	for {
-		state.report(c.consume(&state))
+		queue, err := c.open()
+		if err == nil {
+			state.report(nil)
+			err = c.consume(queue)
+		}
+		state.report(err)
 		time.Sleep(time.Second)
 	}
 }
 
 // consume consumes until NATS fails.
-func (c *consumer) consume(state *stateLog) error {
-	queue, err := c.open()
-	if err != nil {
-		return err
-	}
-	state.report(nil)
-	looked := time.Now()
+func (c *consumer) consume(queue jetstream.Consumer) error {
+	lastLook := time.Now()
 	for {
+		if time.Since(lastLook) > lookInterval {
+			lastLook = time.Now()
+			if err := c.requeueLost(queue); err != nil {
+				return err
+			}
+		}
 		messages, err := fetch(queue)
 		if err != nil {
 			return err
 		}
-		if len(messages) > 0 {
-			c.store(messages)
-			continue
-		}
-		if time.Since(looked) > lostAfter/3 {
-			looked = time.Now()
-			if err := c.findLost(queue); err != nil {
-				return err
-			}
-		}
+		c.store(messages)
 	}
 }
 
 // open makes the consumer of NATS what it has to be.
 func (c *consumer) open() (jetstream.Consumer, error) {
-	// The relay does the same, but only when it has something to publish.
+	// The relay does the same, but notices that the stream is gone only when it publishes.
 	if err := c.relay.prepareStream(); err != nil {
 		return nil, err
 	}
@@ -153,32 +151,30 @@ type delivery struct {
 // store stores the events of messages. It goes on until ClickHouse has them and they are no longer in the
 // outbox.
 func (c *consumer) store(messages []jetstream.Msg) {
-	var rest []*delivery
+	var deliveries []*delivery
 	for _, m := range messages {
 		events, err := parseEvents(m.Data())
 		if err != nil {
 			c.reject(m, err)
 			continue
 		}
-		rest = append(rest, &delivery{message: m, events: events})
+		deliveries = append(deliveries, &delivery{message: m, events: events})
 	}
-	c.retry("store events", &rest, func() error {
-		err := c.insertAll(rest)
-		var stored, failed []*delivery
-		for _, d := range rest {
-			if d.stored {
-				stored = append(stored, d)
-			} else {
-				failed = append(failed, d)
-			}
+	c.retry("store events", func() error { return keepAlive(deliveries, c.insertAll(deliveries)) })
+	c.retry("clear outbox", func() error { return keepAlive(deliveries, c.clearOutbox(deliveries)) })
+	for _, d := range deliveries {
+		_ = d.message.Ack() // one that is lost only repeats the events
+	}
+}
+
+// keepAlive says after a failure that deliveries are still being worked on: they stay with this replica.
+func keepAlive(deliveries []*delivery, err error) error {
+	if err != nil {
+		for _, d := range deliveries {
+			_ = d.message.InProgress()
 		}
-		c.retry("clear outbox", &stored, func() error { return c.clearOutbox(stored) })
-		for _, d := range stored {
-			_ = d.message.Ack() // one that is lost only repeats the events
-		}
-		rest = failed
-		return err
-	})
+	}
+	return err
 }
 
 // reject removes a message that is no event, now and in the future.
@@ -188,38 +184,33 @@ func (c *consumer) reject(m jetstream.Msg, err error) {
 	_ = m.Term()
 }
 
-// insertAll inserts the events of deliveries, some at a time, and notes which are stored. It stops at the
-// first failure.
+// insertAll inserts the events of deliveries that are not stored yet, one INSERT for each and some at a time.
 func (c *consumer) insertAll(deliveries []*delivery) error {
-	queue := make(chan *delivery, len(deliveries))
-	for _, d := range deliveries {
-		queue <- d
-	}
-	close(queue)
-	var failure atomic.Pointer[error]
-	var workers sync.WaitGroup
-	for range min(insertWorkers, len(deliveries)) {
-		workers.Go(func() {
-			for d := range queue {
-				if failure.Load() != nil {
-					return
-				}
-				if err := c.events.insert(d.events); err != nil {
-					c.metrics.insertFailures.Add(1)
-					failure.Store(&err)
-					return
-				}
-				d.stored = true
-				c.metrics.inserts.Add(1)
-				c.metrics.inserted.Add(int64(len(d.events)))
+	for group := range slices.Chunk(deliveries, insertWorkers) {
+		errs := make([]error, len(group))
+		var inserts sync.WaitGroup
+		for i, d := range group {
+			if !d.stored {
+				inserts.Go(func() { errs[i] = c.insert(d) })
 			}
-		})
+		}
+		inserts.Wait()
+		if err := errors.Join(errs...); err != nil {
+			// The table may be gone: a ClickHouse that was emptied or replaced gets it again.
+			return errors.Join(err, c.events.migrate())
+		}
 	}
-	workers.Wait()
-	if err := failure.Load(); err != nil {
-		// The table may be gone: a ClickHouse that was emptied or replaced gets it again.
-		return errors.Join(*err, c.events.migrate())
+	return nil
+}
+
+func (c *consumer) insert(d *delivery) error {
+	if err := c.events.insert(d.events); err != nil {
+		c.metrics.insertFailures.Add(1)
+		return err
 	}
+	d.stored = true
+	c.metrics.inserts.Add(1)
+	c.metrics.inserted.Add(int64(len(d.events)))
 	return nil
 }
 
@@ -233,8 +224,8 @@ WHERE o.id = e.id
   AND o.version = e.version
   AND o.event_time = e.event_time`
 
-// clearOutbox deletes events that ClickHouse holds from the outbox.
-func (c *consumer) clearOutbox(stored []*delivery) error {
+// clearOutbox deletes the events of deliveries, which ClickHouse holds, from the outbox.
+func (c *consumer) clearOutbox(deliveries []*delivery) error {
 	type row struct {
 		ID      int64     `json:"id"`
 		GoodID  int32     `json:"good_id"`
@@ -242,7 +233,7 @@ func (c *consumer) clearOutbox(stored []*delivery) error {
 		Time    time.Time `json:"event_time"`
 	}
 	var rows []row
-	for _, d := range stored {
+	for _, d := range deliveries {
 		for _, e := range d.events {
 			rows = append(rows, row{e.OutboxID, e.GoodID, e.Version, e.Time})
 		}
@@ -254,31 +245,33 @@ func (c *consumer) clearOutbox(stored []*delivery) error {
 	return err
 }
 
-// findLost looks for events that NATS lost: its consumer has nothing left, but they are still in the outbox.
-func (c *consumer) findLost(queue jetstream.Consumer) error {
+// requeueLost has events published again that NATS lost: they are in the outbox, but were published before
+// the oldest message that the stream has.
+func (c *consumer) requeueLost(queue jetstream.Consumer) error {
 	ctx, cancel := context.WithTimeout(context.Background(), natsTimeout)
 	defer cancel()
-	info, err := queue.Info(ctx) // a fetch from a consumer that is gone may just find nothing
-	if err != nil || info.NumPending > 0 || info.NumAckPending > 0 {
+	if _, err := queue.Info(ctx); err != nil { // a fetch from a consumer that is gone may just find nothing
 		return err
 	}
-	return c.relay.requeue(lostAfter)
+	stream, err := c.stream.js.Stream(ctx, c.stream.name())
+	if err != nil {
+		return err
+	}
+	age := lostAfter
+	if state := stream.CachedInfo().State; state.Msgs > 0 {
+		age += time.Since(state.FirstTime)
+	}
+	return c.relay.requeue(age)
 }
 
-// retry repeats f, with growing pauses, until it succeeds. Meanwhile the deliveries, if there are any, stay
-// with this replica.
-func (c *consumer) retry(name string, deliveries *[]*delivery, f func() error) {
-	state := stateLog{log: c.log, name: name}
+// retry repeats f, with growing pauses, until it succeeds.
+func (c *consumer) retry(name string, f func() error) {
+	state := &stateLog{log: c.log, name: name}
 	for wait := retryFirst; ; wait = min(2*wait, retryMost) {
 		err := f()
 		state.report(err)
 		if err == nil {
 			return
-		}
-		if deliveries != nil {
-			for _, d := range *deliveries {
-				_ = d.message.InProgress()
-			}
 		}
 		time.Sleep(wait)
 	}

@@ -42,6 +42,8 @@ func (g *good) fields() []any {
 	}
 }
 
+func (g *good) key() key { return newKey(g.ID, g.version) }
+
 // timestamp is a time that is written in UTC, with all six digits of the microseconds.
 type timestamp struct{ time.Time }
 
@@ -49,8 +51,9 @@ func (t timestamp) MarshalJSON() ([]byte, error) {
 	return t.UTC().AppendFormat(nil, `"2006-01-02T15:04:05.000000Z"`), nil
 }
 
-// encodeJSON is json.Marshal without the escapes that only HTML needs. It is for values that have strings,
-// numbers, booleans and times only: with them, it cannot fail.
+// encodeJSON is json.Marshal without the escapes that only HTML needs. It panics on what encoding/json
+// cannot encode: the service has only strings, numbers, booleans, times, and structs, slices and maps of
+// them.
 func encodeJSON(v any) []byte {
 	var b bytes.Buffer
 	encoder := json.NewEncoder(&b)
@@ -61,13 +64,12 @@ func encodeJSON(v any) []byte {
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
 }
 
-// service has the operations of the API. Each joins a batch, or is one by itself, and ends within
-// requestTimeout. An error is a *failure, or one that unavailable knows, or else internal. All methods may
-// be called concurrently.
+// service has the operations of the API. Each joins a batch and ends within requestTimeout. An error is a
+// *failure, or one that unavailable knows, or else internal. All methods may be called concurrently.
 type service struct {
 	db        *database
 	cache     *cache
-	log       *eventLog
+	events    *eventLog
 	replies   replyMemory
 	wakeRelay func() // says that there are new events
 
@@ -83,22 +85,24 @@ type service struct {
 
 const (
 	batchLimit = 64 // requests in one batch
-	batchers   = 8  // of a service that use Postgres
+	// batchers are those that use Postgres: create, edit, reprioritize, get, and small and large lists of
+	// all goods and of a project.
+	batchers = 8
 	// requestConns are enough for every batcher to run a batch and retry requests alone, and for a ping.
 	requestConns = batchers*(1+loneRequests) + 1
 )
 
 func newService(db *database, cache *cache, events *eventLog, wakeRelay func(), metrics *metrics,
 	log *slog.Logger) *service {
-	s := &service{db: db, cache: cache, log: events, replies: newReplyMemory(), wakeRelay: wakeRelay}
+	s := &service{db: db, cache: cache, events: events, replies: newReplyMemory(), wakeRelay: wakeRelay}
 	s.creates = newBatcher("create", batchLimit, s.createGoods, metrics, log)
 	s.edits = newBatcher("edit", batchLimit, s.editGoods, metrics, log)
 	s.moves = newBatcher("reprioritize", moveBatchLimit, s.moveGoods, metrics, log)
 	s.gets = newBatcher("get", batchLimit, s.getGoods, metrics, log)
 	s.histories = newBatcher("history", batchLimit, s.readHistory, metrics, log)
 	s.largeHistories = newBatcher("large history", batchLimit, s.readHistory, metrics, log)
-	s.allGoods = newPages("list", listVersions, listGoods, db, cache, metrics, log)
-	s.projectGoods = newPages("project list", projectVersions, projectGoods, db, cache, metrics, log)
+	s.allGoods = newPages("list", listVersions, listGoods, s, metrics, log)
+	s.projectGoods = newPages("project list", projectVersions, projectGoods, s, metrics, log)
 	return s
 }
 
@@ -122,6 +126,7 @@ func (q createRequest) conflictKey() any {
 	return projectAndKey{q.ProjectID, q.Key}
 }
 
+// created is the good of a create.
 type created struct {
 	good
 	repeated bool // the key made the good before
@@ -136,8 +141,8 @@ func (s *service) Create(ctx context.Context, q createRequest) (created, error) 
 //go:embed sql/queries/create_goods.sql
 var createGoods string
 
-// createAttempts are enough for keys that other transactions use while this one waits for the lock of the
-// priorities: the next attempt knows them.
+// createAttempts are usually enough for keys that other transactions use while this one waits for the lock
+// of the priorities: the next attempt knows them. After that, each request is retried alone.
 const createAttempts = 3
 
 func (s *service) createGoods(requests []createRequest, results []result[created], _ bool) error {
@@ -187,7 +192,7 @@ type editRequest struct {
 	Version     *int32  `json:"version"` // that the good must have, unless nil
 }
 
-// conflictKey keeps requests for the same good apart: one statement changes a row once.
+// conflictKey keeps two requests for one good out of a batch: one statement changes a row once.
 func (q editRequest) conflictKey() any { return q.ID }
 
 // Update changes the name, and the description unless that is nil. It returns the good as it is then.
@@ -255,20 +260,21 @@ func (s *service) editGoods(requests []editRequest, results []result[good], alon
 		return fmt.Errorf("edit goods: %w", err)
 	}
 	s.wakeRelay()
-	s.cache.keep(serverID, after, goods) // the next list needs them
-	s.cache.drop(serverID, before)
+	if s.db.id() == serverID { // whose versions these are
+		s.cache.keep(serverID, after, goods) // the next list needs them
+		s.cache.drop(serverID, before)
+	}
 	return nil
 }
 
-// lockedOrRetry returns the error of a request whose good another transaction has locked.
+// lockedOrRetry returns the error of a request whose good another transaction has locked: at first it is to
+// be retried alone, where it may wait; there, it has waited too long.
 func lockedOrRetry(alone bool) error {
 	if alone {
 		return errLocked
 	}
 	return errRetryAlone
 }
-
-func ignoreRow(*sql.Rows) error { return nil }
 
 // getRequest asks for one good.
 type getRequest struct{ id, projectID int32 }

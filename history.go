@@ -2,12 +2,8 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"sync/atomic"
 	"time"
-
-	"github.com/ClickHouse/clickhouse-go/v2"
 )
 
 const (
@@ -17,82 +13,12 @@ const (
 	historyConns = 2
 )
 
-// eventLog is the table goods_log in ClickHouse. All methods may be called concurrently.
-type eventLog struct {
-	writer, reader clickhouse.Conn // readers have connections of their own, and so never hold up the events
-	// syncInserts says that the server has to be told not to acknowledge an INSERT before it is stored.
-	syncInserts atomic.Bool
-}
-
-// openEventLog returns the log, which connects when it is used.
-func openEventLog(options *clickhouse.Options) *eventLog {
-	open := func(conns int) clickhouse.Conn {
-		o := *options
-		o.DialTimeout = 2 * time.Second
-		o.ReadTimeout = eventTimeout // the default is five minutes
-		o.MaxOpenConns = conns
-		o.MaxIdleConns = conns
-		conn, err := clickhouse.Open(&o)
-		if err != nil {
-			panic(err) // happens only without options
-		}
-		return conn
-	}
-	return &eventLog{
-		writer: open(insertWorkers + 1), // and a ping
-		reader: open(historyConns),
-	}
-}
-
-// ping reports whether the table is there.
-func (l *eventLog) ping(ctx context.Context) error {
-	var exists uint8
-	if err := l.writer.QueryRow(ctx, `EXISTS TABLE goods_log`).Scan(&exists); err != nil {
-		return err
-	}
-	if exists == 0 {
-		return errors.New("there is no table goods_log")
-	}
-	return nil
-}
-
-// insert adds events in one INSERT, and returns when they are stored.
-func (l *eventLog) insert(events []event) error {
-	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
-	// Not at once: the driver may take that for the end of an INSERT, and close a connection that the next
-	// one has.
-	defer time.AfterFunc(time.Second, cancel)
-	if l.syncInserts.Load() {
-		ctx = clickhouse.Context(ctx, clickhouse.WithSettings(clickhouse.Settings{
-			"async_insert":          0,
-			"wait_for_async_insert": 1,
-		}))
-	}
-	batch, err := l.writer.PrepareBatch(ctx, `
-INSERT INTO goods_log (Id, ProjectId, Name, Description, Priority, Removed, EventTime, Version)`)
-	if err != nil {
-		return err
-	}
-	defer batch.Close()
-	for _, e := range events {
-		removed := uint8(0) // ClickHouse 18.16 has no Bool
-		if e.Removed {
-			removed = 1
-		}
-		err := batch.Append(e.GoodID, e.ProjectID, e.Name, e.Description, e.Priority, removed, e.Time.UTC(),
-			uint32(e.Version))
-		if err != nil {
-			return err
-		}
-	}
-	return batch.Send()
-}
-
 // historyRequest asks for limit versions of a good, from the offset on, which is counted from 1.
 type historyRequest struct {
 	id, projectID int32
 	limit, offset int32
-	maxBytes      int // of the page: a larger one is an errReplyTooLarge
+	maxBytes      int  // of the page: a larger one is an errReplyTooLarge
+	reserved      bool // there is memory for it
 }
 
 func (q historyRequest) conflictKey() any { return nil }
@@ -113,6 +39,7 @@ type pastVersion struct {
 func (s *service) History(ctx context.Context, q historyRequest) (page []byte, release func(), err error) {
 	page, release, err = s.replies.build(ctx, func(ctx context.Context, maxBytes int, reserved bool) ([]byte, error) {
 		q.maxBytes = maxBytes
+		q.reserved = reserved
 		if reserved {
 			return s.largeHistories.do(ctx, q)
 		}
@@ -126,13 +53,12 @@ func (s *service) History(ctx context.Context, q historyRequest) (page []byte, r
 
 // readHistory answers the first request, and those that are equal.
 func (s *service) readHistory(requests []historyRequest, results []result[[]byte], _ bool) error {
-	page, err := s.log.history(requests[0])
-	for i, q := range requests {
-		results[i] = result[[]byte]{page, err}
-		if q != requests[0] {
-			results[i] = result[[]byte]{err: errNextBatch}
-		}
+	if requests[0].reserved {
+		s.replies.building.Lock()
+		defer s.replies.building.Unlock()
 	}
+	page, err := s.events.history(requests[0])
+	answerEqual(requests, results, result[[]byte]{answer: page, err: err})
 	return nil
 }
 
@@ -165,13 +91,13 @@ LIMIT ?, ?`
 func (l *eventLog) history(q historyRequest) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), historyTimeout)
 	defer cancel()
-	if q.maxBytes == smallReply { // else there is memory for what this query has returned before
+	if !q.reserved {
 		var bytes uint64
 		row := l.reader.QueryRow(ctx, sizeOfVersions, q.projectID, q.id, q.offset-1, q.limit)
 		if err := row.Scan(&bytes); err != nil {
 			return nil, err
 		}
-		if bytes > smallReply {
+		if bytes > uint64(q.maxBytes) {
 			return nil, errReplyTooLarge(bytes)
 		}
 	}

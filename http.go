@@ -22,8 +22,8 @@ type api struct {
 	log     *slog.Logger
 	origins *http.CrossOriginProtection
 	policy  string      // Content-Security-Policy of the page
-	failing runOfErrors // 503
-	closing atomic.Bool // the service is shutting down
+	outage  *stateLog   // replies of 503
+	closing atomic.Bool // set by serveHTTP at the end: /readyz and every reply say so
 }
 
 func newAPI(service *service, health *health, metrics *metrics, log *slog.Logger) *api {
@@ -34,7 +34,7 @@ func newAPI(service *service, health *health, metrics *metrics, log *slog.Logger
 		log:     log,
 		origins: http.NewCrossOriginProtection(),
 		policy:  contentSecurityPolicy(pageHTML),
-		failing: runOfErrors{state: stateLog{log: log, name: "requests"}},
+		outage:  &stateLog{log: log, name: "requests", quiet: quietEnd},
 	}
 }
 
@@ -68,11 +68,11 @@ func (a *api) routes() http.Handler {
 		if pattern == "/" {
 			pattern = "/{$}" // or it would match every path
 		}
-		metrics := a.metrics.route(route.path)
+		metrics := a.metrics.addRoute(route.path)
 		mux.Handle(route.method+" "+pattern, a.adapt(metrics, route.handle))
 		mux.Handle(pattern, a.adapt(metrics, methodNotAllowed(route.method)))
 	}
-	notFound := a.adapt(a.metrics.route("other"), routeNotFound)
+	notFound := a.adapt(a.metrics.addRoute("other"), routeNotFound)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		// Paths are exact: the mux would redirect one that it can clean.
 		if !known[r.URL.EscapedPath()] {
@@ -88,13 +88,15 @@ func methodNotAllowed(method string) handler {
 	if method == "GET" {
 		allow = "GET, HEAD"
 	}
-	return func(w http.ResponseWriter, _ *http.Request) (reply, error) {
+	return func(w http.ResponseWriter, r *http.Request) (reply, error) {
+		ignoreBody(w, r)
 		w.Header().Set("Allow", allow)
 		return reply{}, errMethodNotAllowed
 	}
 }
 
-func routeNotFound(http.ResponseWriter, *http.Request) (reply, error) {
+func routeNotFound(w http.ResponseWriter, r *http.Request) (reply, error) {
+	ignoreBody(w, r)
 	return reply{}, errRouteNotFound
 }
 
@@ -181,7 +183,10 @@ func (a *api) list(_ http.ResponseWriter, r *http.Request) (reply, error) {
 		return reply{}, err
 	}
 	page, release, err := a.service.List(r.Context(), q)
-	return reply{status: http.StatusOK, body: page, release: release}, err
+	if err != nil {
+		return reply{}, err
+	}
+	return reply{status: http.StatusOK, body: page, release: release}, nil
 }
 
 func (a *api) get(w http.ResponseWriter, r *http.Request) (reply, error) {
@@ -190,7 +195,7 @@ func (a *api) get(w http.ResponseWriter, r *http.Request) (reply, error) {
 	if err := in.err(); err != nil {
 		return reply{}, err
 	}
-	g, err := a.service.Get(r.Context(), getRequest{id, projectID})
+	g, err := a.service.Get(r.Context(), getRequest{id: id, projectID: projectID})
 	if err != nil {
 		return reply{}, err
 	}
@@ -206,7 +211,10 @@ func (a *api) history(_ http.ResponseWriter, r *http.Request) (reply, error) {
 		return reply{}, err
 	}
 	page, release, err := a.service.History(r.Context(), q)
-	return reply{status: http.StatusOK, body: page, release: release}, err
+	if err != nil {
+		return reply{}, err
+	}
+	return reply{status: http.StatusOK, body: page, release: release}, nil
 }
 
 func (a *api) page(w http.ResponseWriter, _ *http.Request) (reply, error) {

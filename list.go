@@ -7,13 +7,14 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"sync"
 
 	"github.com/lib/pq"
 )
 
 const (
-	maxLimit = 1000 // goods on one page
-	maxGoods = 1000 // of a batch that are read at a time, so that many small pages need little memory
+	maxLimit      = 1000 // goods on one page
+	maxBatchGoods = 1000 // of a batch that are read at a time, so that many small pages need little memory
 	// snapshotAttempts is how often a batch starts anew because the service got another server meanwhile.
 	snapshotAttempts = 3
 )
@@ -50,6 +51,7 @@ type pages struct {
 	cache        *cache
 	versions     string
 	goods        string
+	building     *sync.Mutex // see replyMemory
 	batcher      *batcher[listRequest, []byte]
 	largeBatcher *batcher[listRequest, []byte] // for pages whose memory is reserved
 }
@@ -66,9 +68,8 @@ var projectVersions string
 //go:embed sql/queries/project_goods.sql
 var projectGoods string
 
-func newPages(name, versions, goods string, db *database, cache *cache, metrics *metrics,
-	log *slog.Logger) *pages {
-	p := &pages{db: db, cache: cache, versions: versions, goods: goods}
+func newPages(name, versions, goods string, s *service, metrics *metrics, log *slog.Logger) *pages {
+	p := &pages{db: s.db, cache: s.cache, building: s.replies.building, versions: versions, goods: goods}
 	p.batcher = newBatcher(name, batchLimit, p.read, metrics, log)
 	p.largeBatcher = newBatcher("large "+name, batchLimit, p.readOne, metrics, log)
 	return p
@@ -85,7 +86,7 @@ func (p *pages) read(requests []listRequest, results []result[[]byte], _ bool) e
 		}
 	}
 	for len(distinct) > 0 {
-		n := countWithin(distinct, maxGoods)
+		n := countWithin(distinct, maxBatchGoods)
 		if err := p.readTogether(distinct[:n], answers); err != nil {
 			return err
 		}
@@ -97,28 +98,24 @@ func (p *pages) read(requests []listRequest, results []result[[]byte], _ bool) e
 	return nil
 }
 
-// readOne answers the first request, and those that are equal: large pages are not held until others are
-// read.
+// readOne answers the first request, and those that are equal: no large page is held until others are read.
 func (p *pages) readOne(requests []listRequest, results []result[[]byte], _ bool) error {
+	p.building.Lock()
+	defer p.building.Unlock()
 	answers := map[listRequest]*result[[]byte]{requests[0]: {}}
 	if err := p.readTogether(requests[:1], answers); err != nil {
 		return err
 	}
-	for i, q := range requests {
-		results[i] = result[[]byte]{err: errNextBatch}
-		if q == requests[0] {
-			results[i] = *answers[q]
-		}
-	}
+	answerEqual(requests, results, *answers[requests[0]])
 	return nil
 }
 
-// countWithin returns how many of the first requests ask for at most so many goods together, and 1 at least.
-func countWithin(requests []listRequest, goods int32) int {
+// countWithin returns how many of the first requests, one at least, ask for no more than max goods together.
+func countWithin(requests []listRequest, max int32) int {
 	sum := int32(0)
 	for i, q := range requests {
 		sum += q.limit
-		if i > 0 && sum > goods {
+		if i > 0 && sum > max {
 			return i
 		}
 	}
@@ -129,7 +126,7 @@ func countWithin(requests []listRequest, goods int32) int {
 type snapshot struct {
 	exists         bool // the project does
 	total, removed int64
-	bytes          int64 // of the goods as JSON, at least; strings with escapes have more
+	bytes          int64 // of the goods as JSON: an estimate, too low only for texts with escapes
 	keys           []key
 	goods          [][]byte // JSON, one for each key; nil where it is not known
 }
@@ -139,8 +136,7 @@ type snapshot struct {
 // Where a good is not cached, the page is read again, whole, in one statement of its own.
 func (p *pages) readTogether(requests []listRequest, answers map[listRequest]*result[[]byte]) error {
 	for range snapshotAttempts {
-		// Keys name versions in one database. Its id is read before and after them: if it is the same, it
-		// is theirs.
+		// Keys name versions in one database. If its id is the same before and after the query, it is theirs.
 		serverID := p.db.id()
 		snapshots, err := p.readVersions(requests)
 		if err != nil {
@@ -234,10 +230,10 @@ func (p *pages) readGoods(requests []listRequest, answers map[listRequest]*resul
 		s.total = total
 		s.removed = removed
 		s.keys = append(s.keys, g.key())
-		json := encodeJSON(&g)
-		s.bytes += int64(len(json)) + 1
+		text := encodeJSON(&g)
+		s.bytes += int64(len(text)) + 1
 		if s.bytes <= int64(requests[n-1].maxBytes) { // else it is too large, and only its size is of interest
-			s.goods = append(s.goods, json)
+			s.goods = append(s.goods, text)
 		}
 		return nil
 	})
@@ -251,7 +247,7 @@ func (p *pages) readGoods(requests []listRequest, answers map[listRequest]*resul
 			answers[q].err = errReplyTooLarge(s.bytes)
 			continue
 		}
-		if known {
+		if known && s.bytes <= smallReply { // larger ones would fill Redis, and the queue to it
 			p.cache.put(serverID, s.keys, s.goods)
 		}
 		answers[q].answer, answers[q].err = q.page(s)
@@ -267,15 +263,15 @@ func (q listRequest) page(s *snapshot) ([]byte, error) {
 		return nil, fmt.Errorf("the page from %d has %d goods, but should have %d of %d",
 			q.offset, len(s.goods), want, s.total)
 	}
-	const metaSize = 128 // at most
-	size := metaSize
+	size := 0
 	for _, good := range s.goods {
 		size += len(good) + 1
 	}
-	if size > q.maxBytes+metaSize {
+	if size > q.maxBytes {
 		return nil, errReplyTooLarge(size)
 	}
-	page := make([]byte, 0, size)
+	const metaSize = 128 // at most
+	page := make([]byte, 0, metaSize+size)
 	page = fmt.Appendf(page, `{"meta":{"total":%d,"removed":%d,"limit":%d,"offset":%d},"goods":[`,
 		s.total, s.removed, q.limit, q.offset)
 	for i, good := range s.goods {

@@ -18,7 +18,7 @@ const (
 // logWriter writes lines in the background, so that nothing waits for whoever reads the log: lines that do
 // not fit into its queue are dropped, and counted in the log later. It may be used concurrently.
 type logWriter struct {
-	lines   chan []byte // nil is the end
+	lines   chan []byte // nil is the end; it is not closed, as lines may still come
 	dropped atomic.Int64
 	ended   chan struct{} // closed when the last line has been written
 }
@@ -28,11 +28,11 @@ func newLogWriter(w io.Writer) *logWriter {
 	go func() {
 		defer close(l.ended)
 		for line := range l.lines {
-			if line == nil {
-				return
-			}
 			if n := l.dropped.Swap(0); n > 0 {
 				fmt.Fprintf(w, `{"level":"WARN","msg":"log lines dropped","lines":%d}`+"\n", n)
+			}
+			if line == nil {
+				return
 			}
 			_, _ = w.Write(line) // fails when the reader has ended, which is no reason not to serve
 		}
@@ -40,7 +40,7 @@ func newLogWriter(w io.Writer) *logWriter {
 	return l
 }
 
-// Write queues a line.
+// Write queues a line, or drops it when the queue is full. It never waits and never fails.
 func (l *logWriter) Write(line []byte) (int, error) {
 	select {
 	case l.lines <- bytes.Clone(line):
@@ -50,7 +50,7 @@ func (l *logWriter) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// flush writes what is queued, for a moment at most. Nothing is written afterwards.
+// flush writes what is queued, for logFlushTimeout at most. Nothing is written afterwards.
 func (l *logWriter) flush() {
 	timeout := time.After(logFlushTimeout)
 	select {

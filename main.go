@@ -18,9 +18,11 @@ import (
 )
 
 const (
-	statementTimeout = 3500 * time.Millisecond // for what a request does in Postgres
-	startTimeout     = time.Minute             // for Postgres to answer at the start
-	eventConns       = 4                       // connections to Postgres for the events
+	// statementTimeout is for what a request does in Postgres. The connection allows an eighth more, which
+	// is still less than requestTimeout.
+	statementTimeout = requestTimeout * 7 / 8
+	startTimeout     = time.Minute // for Postgres to answer at the start
+	eventConns       = 4           // connections for the relay, the consumer and the sampler
 )
 
 func main() {
@@ -112,11 +114,10 @@ func preparePostgres(ctx context.Context, cfg *config, log *slog.Logger) error {
 		return err
 	}
 	defer db.Close()
-	err = awaitPostgres(ctx, db, startTimeout, log)
-	if err == nil {
-		err = checkEncoding(db)
+	if err := awaitPostgres(ctx, db, startTimeout, log); err != nil {
+		return fmt.Errorf("POSTGRES_URL: %w", err)
 	}
-	if err != nil {
+	if err := checkEncoding(db); err != nil {
 		return fmt.Errorf("POSTGRES_URL: %w", err)
 	}
 	return migratePostgres(db, migrations, log)
@@ -127,7 +128,7 @@ func preparePostgres(ctx context.Context, cfg *config, log *slog.Logger) error {
 // next start goes on from there.
 func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	err := untilEnd(ctx, func() error { return preparePostgres(ctx, cfg, log) })
-	if ctx.Err() != nil {
+	if ctx.Err() != nil { // asked to end, which is no failure
 		log.Info("ended before the service was ready", "err", err)
 		return nil
 	}
@@ -139,14 +140,10 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		return err
 	}
 	// To lose a commit here only repeats work.
-	lazy := map[string]string{"synchronous_commit": "off"}
-	outboxDB, err := openPostgres(cfg.postgres, eventConns, eventTimeout, lazy)
+	asyncCommit := map[string]string{"synchronous_commit": "off"}
+	outboxDB, err := openPostgres(cfg.postgres, eventConns, eventTimeout, asyncCommit)
 	if err != nil {
 		return err
-	}
-	listener, err := net.Listen("tcp", cfg.addr)
-	if err != nil {
-		return fmt.Errorf("HTTP_ADDR: %w", err)
 	}
 
 	metrics := newMetrics(db)
@@ -156,8 +153,21 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	// Only now, when the service can answer.
+	listener, err := net.Listen("tcp", cfg.addr)
+	if err != nil {
+		return fmt.Errorf("HTTP_ADDR: %w", err)
+	}
+
 	relay := newRelay(outboxDB, stream, cfg.eventsBatch, metrics, log)
-	consumer := &consumer{db: outboxDB, stream: stream, relay: relay, events: events, log: log, metrics: metrics}
+	consumer := &consumer{
+		db:      outboxDB,
+		stream:  stream,
+		relay:   relay,
+		events:  events,
+		log:     log,
+		metrics: metrics,
+	}
 	sampler := &outboxSampler{db: outboxDB, metrics: metrics}
 	health := newHealth(log, map[string]func(context.Context) error{
 		"postgres":   db.pingPostgres,

@@ -24,9 +24,10 @@ const (
 
 // memory is an amount of memory that replies share. All methods may be called concurrently.
 type memory struct {
-	first chan struct{} // held by who asks for the first time, so that others can overtake those that wait for it
-	turn  chan struct{} // held while reserving, so that two callers never wait for each other's units
-	used  chan struct{} // has an element for each memoryUnit that is reserved
+	// used counts. turn is held while counting up, so that two callers never wait for each other's units.
+	// first is held by a caller's first attempt while it waits for turn, so that one who comes again has
+	// only one such before him.
+	first, turn, used chan struct{}
 }
 
 func newMemory(bytes int) *memory {
@@ -37,9 +38,8 @@ func newMemory(bytes int) *memory {
 	}
 }
 
-// reserve waits for so many bytes, in the order of the calls, but again says that the caller has waited
-// before and overtakes those who have not. It fails with errNoMemory when ctx ends. The caller must call
-// release when it no longer needs them.
+// reserve waits for so many bytes, in the order of the calls; with again, before those that have not waited
+// yet. It fails with errNoMemory when ctx ends. The caller must call release when it no longer needs them.
 func (m *memory) reserve(ctx context.Context, bytes int, again bool) (release func(), err error) {
 	if !again {
 		if err := enter(ctx, m.first); err != nil {
@@ -61,7 +61,7 @@ func (m *memory) reserve(ctx context.Context, bytes int, again bool) (release fu
 	return sync.OnceFunc(func() { m.free(units) }), nil
 }
 
-// enter puts an element into a channel, when there is room.
+// enter waits for room in c. It fails with errNoMemory when ctx ends.
 func enter(ctx context.Context, c chan struct{}) error {
 	select {
 	case c <- struct{}{}:
@@ -80,10 +80,17 @@ func (m *memory) free(units int) {
 // replyMemory is the memory of all replies.
 type replyMemory struct {
 	medium, large *memory
+	// building is held while a large reply is built. A caller that leaves gives its memory back at once,
+	// but what it has asked for is finished: so there is one such reply at most.
+	building *sync.Mutex
 }
 
 func newReplyMemory() replyMemory {
-	return replyMemory{medium: newMemory(mediumMemory), large: newMemory(largeMemory)}
+	return replyMemory{
+		medium:   newMemory(mediumMemory),
+		large:    newMemory(largeMemory),
+		building: &sync.Mutex{},
+	}
 }
 
 // reserve is memory.reserve, for a reply of so many bytes.
@@ -124,13 +131,15 @@ func (m replyMemory) build(ctx context.Context, build builder) (reply []byte, re
 		if err == nil {
 			return reply, release, nil
 		}
-		reply, err = nil, nil
+		reply = nil
+		err = nil
+		need = smallReply // what it was built within
 	}
 	ctx, cancel := context.WithDeadline(ctx, start.Add(requestTimeout))
 	defer cancel()
-	for again := false; ; again = true {
-		var tooLarge errReplyTooLarge
-		if errors.As(err, &tooLarge) {
+	again := false
+	for {
+		if tooLarge, ok := errors.AsType[errReplyTooLarge](err); ok {
 			need = int(tooLarge) + int(tooLarge)/8 // for escapes, which are not counted beforehand
 		} else if err != nil {
 			return nil, nil, err
@@ -144,5 +153,6 @@ func (m replyMemory) build(ctx context.Context, build builder) (reply []byte, re
 			return reply, release, nil
 		}
 		release()
+		again = true
 	}
 }

@@ -51,15 +51,15 @@ func (m *routeMetrics) observe(status int, took time.Duration) {
 	m.statuses[status].Add(1)
 }
 
-// route returns the metrics of a new route.
-func (m *metrics) route(path string) *routeMetrics {
+// addRoute returns the metrics of a new route.
+func (m *metrics) addRoute(path string) *routeMetrics {
 	r := &routeMetrics{latency: newHistogram(.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)}
 	m.routes[path] = r
 	return r
 }
 
-// batch returns the histogram of the sizes of a new batcher's batches.
-func (m *metrics) batch(name string) *histogram {
+// addBatcher returns the histogram of the sizes of a new batcher's batches.
+func (m *metrics) addBatcher(name string) *histogram {
 	h := newHistogram(1, 2, 4, 8, 16, 32, 64)
 	m.sizes[name] = h
 	return h

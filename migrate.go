@@ -13,7 +13,6 @@ import (
 	"path"
 	"time"
 
-	"github.com/ClickHouse/clickhouse-go/v2"
 	"github.com/lib/pq"
 	"github.com/lib/pq/pqerror"
 )
@@ -30,6 +29,7 @@ var migrations embed.FS
 // number of processes may do so at once. A database that a newer release has migrated is left as it is: its
 // migrations do not break the release before.
 func migratePostgres(db *database, files fs.FS, log *slog.Logger) error {
+	var done []string
 	err := db.inTx(func(tx transaction) error {
 		// Bound to the transaction: a session's lock would stay with its connection.
 		if _, err := tx.tx.Exec(`SELECT pg_advisory_xact_lock(hashtext('goods.migrations'))`); err != nil {
@@ -49,7 +49,7 @@ func migratePostgres(db *database, files fs.FS, log *slog.Logger) error {
 				return err
 			}
 			if applied {
-				log.Info("migrated", "database", "postgres", "file", path.Base(file))
+				done = append(done, path.Base(file))
 			}
 			delete(recorded, path.Base(file))
 		}
@@ -60,6 +60,9 @@ func migratePostgres(db *database, files fs.FS, log *slog.Logger) error {
 	})
 	if err != nil {
 		return fmt.Errorf("migrate postgres: %w", err)
+	}
+	for _, name := range done {
+		log.Info("migrated", "database", "postgres", "file", name)
 	}
 	return nil
 }
@@ -118,45 +121,6 @@ func applyMigration(tx *sql.Tx, files fs.FS, file string, recorded map[string]st
 	}
 	_, err = tx.Exec(`INSERT INTO schema_migrations (name, checksum) VALUES ($1, $2)`, name, checksum)
 	return err == nil, err
-}
-
-// migrate runs the files of sql/clickhouse. A user that may not create tables needs none created: if the
-// table is there, a refusal does not count.
-func (l *eventLog) migrate() error {
-	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
-	defer cancel()
-	err := l.runMigrations(ctx)
-	var refusal *clickhouse.Exception
-	if errors.As(err, &refusal) && l.ping(ctx) == nil {
-		err = nil
-	}
-	if err != nil {
-		return fmt.Errorf("migrate clickhouse: %w", err)
-	}
-	server, err := l.writer.ServerVersion()
-	if err != nil {
-		return fmt.Errorf("migrate clickhouse: %w", err)
-	}
-	const firstWithAsyncInserts = 22
-	l.syncInserts.Store(server.Version.Major >= firstWithAsyncInserts)
-	return nil
-}
-
-func (l *eventLog) runMigrations(ctx context.Context) error {
-	names, err := fs.Glob(migrations, "sql/clickhouse/*.sql")
-	if err != nil {
-		return err
-	}
-	for _, file := range names {
-		text, err := fs.ReadFile(migrations, file)
-		if err != nil {
-			return err
-		}
-		if err := l.writer.Exec(ctx, string(text)); err != nil {
-			return fmt.Errorf("%s: %w", path.Base(file), err)
-		}
-	}
-	return nil
 }
 
 // awaitPostgres waits until the server answers, or ctx ends, for about limit. What waiting cannot cure is

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"database/sql"
 	_ "embed"
 	"fmt"
@@ -13,13 +14,14 @@ import (
 )
 
 const (
-	relayClaim   = 500                    // events of one transaction, at most; or one message of them
+	relayClaim   = 500                    // rows claimed at a time, or one message if that has more
 	relayPoll    = time.Second            // between two looks at the outbox, at most; a write comes earlier
 	relayDelay   = 100 * time.Millisecond // after a write, so that other events get into the same message
-	natsTimeout  = 2 * time.Second        // for one answer of NATS
-	streamLimit  = 1_000_000              // messages; past it NATS refuses, and events wait in the outbox
-	maxMessage   = 500_000                // bytes, or what the server allows if that is less
 	requeueBatch = 10_000                 // rows of one statement
+
+	sampleInterval = 2 * time.Second
+	// fullSampleInterval is how often the whole outbox is looked at: see outboxSampler.
+	fullSampleInterval = time.Minute
 )
 
 // relay publishes the events of the outbox. Any number of replicas may do so at once: each claims other
@@ -52,10 +54,10 @@ func (r *relay) wake() {
 	}
 }
 
-// run publishes events, forever. After a failure it looks at the stream before anything else, and takes its
-// time: writes, which go on, do not hurry it then.
+// run publishes events, forever. After a failure it prepares the stream first, and waits for relayPoll:
+// wake does not shorten that.
 func (r *relay) run() {
-	state := stateLog{log: r.log, name: "relay"}
+	state := &stateLog{log: r.log, name: "relay"}
 	prepared := false
 	for {
 		var more bool
@@ -111,14 +113,15 @@ type claimedEvent struct {
 	due  bool // it does not wait for others any more
 }
 
-// publish claims events, publishes them, and marks those that NATS has acknowledged. The rows stay locked
-// meanwhile. It reports whether there may be more.
+// publish claims events, publishes them, and marks those that NATS has acknowledged. The transaction stays
+// open while NATS answers, natsTimeout at most: its locks keep other replicas from publishing the same
+// rows. It reports whether there may be more.
 func (r *relay) publish() (more bool, err error) {
 	if err := r.stream.connected(); err != nil {
 		return false, err
 	}
 	limit := max(relayClaim, r.batch)
-	var publishErr error
+	var publishErr error // is reported after the commit of what was acknowledged
 	err = r.db.inTx(func(tx transaction) error {
 		var events []claimedEvent
 		err := tx.query(claimEvents, []any{limit}, func(rows *sql.Rows) error {
@@ -141,7 +144,7 @@ func (r *relay) publish() (more bool, err error) {
 				return err
 			}
 		}
-		return nil // what was acknowledged is committed, also when something else failed
+		return nil
 	})
 	if err == nil {
 		err = publishErr
@@ -153,12 +156,16 @@ func (r *relay) publish() (more bool, err error) {
 // last message is left out while more events may get into it.
 func pack(events []claimedEvent, batch, maxBytes int) [][]claimedEvent {
 	var messages [][]claimedEvent
-	first, size := 0, 0
+	first := 0 // event of the message
+	size := 0
 	due := false
 	for i, e := range events {
-		if i-first == batch || i > first && size+len(e.json) > maxBytes {
+		full := i-first == batch
+		tooLarge := i > first && size+len(e.json) > maxBytes
+		if full || tooLarge {
 			messages = append(messages, events[first:i])
-			first, size = i, 0
+			first = i
+			size = 0
 			due = false
 		}
 		size += len(e.json) + 1 // a comma
@@ -176,15 +183,14 @@ func (r *relay) publishAll(messages [][]claimedEvent) (published pq.Int64Array, 
 	acks := make([]jetstream.PubAckFuture, len(messages))
 	ours := jetstream.WithExpectStream(r.stream.name()) // another one that has our subject must not swallow them
 	for i, events := range messages {
-		var b []byte
+		var texts [][]byte
 		for _, e := range events {
-			b = append(append(b, ','), e.json...)
+			texts = append(texts, e.json)
 		}
-		b[0] = '['
-		b = append(b, ']')
-		ack, publishErr := r.stream.js.PublishAsync(r.stream.subject(), b, ours)
+		array := fmt.Appendf(nil, "[%s]", bytes.Join(texts, []byte(",")))
+		ack, publishErr := r.stream.js.PublishAsync(r.stream.subject(), array, ours)
 		if publishErr != nil {
-			err = fmt.Errorf("publish %d bytes: %w", len(b), publishErr)
+			err = fmt.Errorf("publish %d bytes: %w", len(array), publishErr)
 			continue
 		}
 		acks[i] = ack
@@ -205,7 +211,7 @@ func (r *relay) publishAll(messages [][]claimedEvent) (published pq.Int64Array, 
 	return published, err
 }
 
-// A time in the future is one from before the clock was set back.
+// A published_at in the future was written before the clock was set back.
 const requeueEvents = `
 UPDATE outbox
 SET published_at = NULL
@@ -218,8 +224,10 @@ WHERE id IN (
 
 // requeue has everything that was published longer ago than age, and is still in the outbox, published again.
 func (r *relay) requeue(age time.Duration) error {
+	start := time.Now()
 	for {
-		n, err := r.db.exec(requeueEvents, age.Seconds(), requeueBatch)
+		before := age + time.Since(start) // what is published from now on is not meant
+		n, err := r.db.exec(requeueEvents, before.Seconds(), requeueBatch)
 		if err != nil || n == 0 {
 			return err
 		}
@@ -227,4 +235,49 @@ func (r *relay) requeue(age time.Duration) error {
 		r.metrics.requeued.Add(n)
 		r.wake()
 	}
+}
+
+//go:embed sql/queries/sample_outbox.sql
+var sampleOutbox string
+
+// outboxSampler tells the metrics how much waits in the outbox. Where a long transaction keeps dead rows
+// from being vacuumed, it takes long to find the first row after them: so it looks from where it found that
+// row before, and only once a fullSampleInterval from the beginning, for rows that were committed late.
+type outboxSampler struct {
+	db      *database
+	metrics *metrics
+
+	lowest   int64     // id, when there was a row
+	lastFull time.Time // sample
+}
+
+// run samples forever.
+func (s *outboxSampler) run() {
+	for {
+		if err := s.sample(); err == nil {
+			s.metrics.outboxSampled.Store(time.Now().UnixMilli())
+		}
+		time.Sleep(sampleInterval)
+	}
+}
+
+func (s *outboxSampler) sample() error {
+	from := s.lowest
+	full := time.Since(s.lastFull) >= fullSampleInterval
+	if full {
+		from = 0
+	}
+	var count, ageMillis int64 // of no rows
+	err := s.db.query(sampleOutbox, []any{from}, func(rows *sql.Rows) error {
+		return rows.Scan(&s.lowest, &count, &ageMillis)
+	})
+	if err != nil {
+		return err
+	}
+	s.metrics.outboxRows.Store(count)
+	s.metrics.outboxAgeMillis.Store(ageMillis)
+	if full {
+		s.lastFull = time.Now()
+	}
+	return nil
 }

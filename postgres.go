@@ -6,6 +6,7 @@ import (
 	"database/sql"
 	"database/sql/driver"
 	"fmt"
+	"maps"
 	"net"
 	"strconv"
 	"strings"
@@ -88,9 +89,7 @@ func setUpSession(limit time.Duration, settings, given map[string]string) string
 		"idle_in_transaction_session_timeout": statementTimeout,
 		"lock_timeout":                        lockTimeout,
 	}
-	for name, value := range settings {
-		all[name] = value
-	}
+	maps.Copy(all, settings)
 	var b strings.Builder
 	b.WriteString("SELECT concat_ws('-', extract(epoch FROM pg_postmaster_start_time()), " +
 		"(SELECT oid FROM pg_database WHERE datname = current_database()), to_regclass('goods')::oid)")
@@ -216,7 +215,7 @@ func (db *database) inTx(f func(tx transaction) error) error {
 			return fmt.Errorf("%d commits wait for a synchronous standby: %w", waiting, driver.ErrBadConn)
 		}
 	}
-	if err := f(transaction{db, tx}); err != nil {
+	if err := f(transaction{db: db, tx: tx}); err != nil {
 		return err
 	}
 	err = tx.Commit()
@@ -298,3 +297,11 @@ func markConnectionError(err error) error {
 	}
 	return fmt.Errorf("%w: %w", driver.ErrBadConn, err)
 }
+
+// pingPostgres reports whether Postgres answers. It ignores ctx: see database.
+func (db *database) pingPostgres(context.Context) error {
+	return db.query(`SELECT 1`, nil, ignoreRow)
+}
+
+// ignoreRow is for queries of which only the effect, or the error, is of interest.
+func ignoreRow(*sql.Rows) error { return nil }

@@ -32,17 +32,17 @@ func (a *api) adapt(metrics *routeMetrics, h handler) http.Handler {
 		w.Header().Set("Cache-Control", "no-store") // or a cache on the way serves old lists
 		w.Header().Set("X-Content-Type-Options", "nosniff")
 		if a.closing.Load() {
-			w.Header().Set("Connection", "close") // the next request would find nobody
+			w.Header().Set("Connection", "close") // the next request needs another replica
 		}
-		reply, err := a.serve(h, w, r)
-		if reply.release != nil {
-			defer reply.release()
+		answer, err := a.serve(h, w, r)
+		if answer.release != nil {
+			defer answer.release()
 		}
 		if err != nil {
-			reply.status, reply.body = a.failed(w, r, id, err)
+			answer.status, answer.body = a.failed(w, r, id, err)
 		}
-		write(w, reply)
-		status := reply.status
+		write(w, answer)
+		status := answer.status
 		if errors.Is(r.Context().Err(), context.Canceled) {
 			status = statusClientGone // or very slow: the reply is not read
 		}
@@ -76,23 +76,24 @@ func (a *api) serve(h handler, w http.ResponseWriter, r *http.Request) (answer r
 		}
 	}()
 	if a.origins.Check(r) != nil {
+		ignoreBody(w, r)
 		return reply{}, errCrossOrigin
 	}
-	if r.ContentLength != 0 && (r.Method == "GET" || r.Method == "HEAD" || r.Method == "DELETE") {
+	if r.Method == "GET" || r.Method == "HEAD" || r.Method == "DELETE" {
 		ignoreBody(w, r)
 	}
 	answer, err = h(w, r)
 	if err == nil && strings.HasPrefix(r.URL.Path, "/goods/") {
-		a.failing.succeeded()
+		a.outage.report(nil)
 	}
 	return answer, err
 }
 
 // failed returns the reply to a request that failed with err, which it logs unless it is the client's own.
 func (a *api) failed(w http.ResponseWriter, r *http.Request, id string, err error) (status int, body any) {
-	var f *failure
+	f, ok := errors.AsType[*failure](err)
 	switch {
-	case errors.As(err, &f):
+	case ok:
 	case unavailable(err):
 		f = errUnavailable
 	default:
@@ -103,7 +104,7 @@ func (a *api) failed(w http.ResponseWriter, r *http.Request, id string, err erro
 	case errUnavailable:
 		w.Header().Set("Retry-After", "1")
 		if r.Context().Err() == nil { // else the client has only left
-			a.failing.failed(err)
+			a.outage.report(err)
 		}
 	case errBodyTimeout, errTooLarge:
 		w.Header().Set("Connection", "close") // the rest of the body is not read
@@ -125,8 +126,8 @@ func write(w http.ResponseWriter, r reply) {
 	_, _ = w.Write(body)
 }
 
-// contentSecurityPolicy lets the page be what it is, talk to this service, and nothing else: its one style
-// and its one script are known by their hashes.
+// contentSecurityPolicy allows the page its one style and its one script, known by their hashes, and
+// requests to this service; nothing else.
 func contentSecurityPolicy(page []byte) string {
 	hash := func(element string) string {
 		_, rest, _ := bytes.Cut(page, []byte("<"+element+">"))

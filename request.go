@@ -55,9 +55,9 @@ func readInput(r *http.Request) *input {
 func readInputWithBody(w http.ResponseWriter, r *http.Request, fields ...string) *input {
 	in := readInput(r)
 	body, err := readBody(w, r)
-	var tooLarge *http.MaxBytesError
+	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
 	switch {
-	case errors.As(err, &tooLarge):
+	case tooLarge:
 		in.failure = errTooLarge
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		in.failure = errBodyTimeout
@@ -79,13 +79,16 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Or the server, which goes on reading, would take the deadline for a client that has gone.
+	// The server reads on in the background, and would take an expired deadline for a client that has gone.
 	return body, control.SetReadDeadline(time.Time{})
 }
 
-// ignoreBody drops a body that has arrived. The reply does not wait for one that has not: the connection
-// ends with it instead.
+// ignoreBody drops a body that nobody reads. The reply does not wait for one that has not arrived by now: the
+// connection ends with it instead.
 func ignoreBody(w http.ResponseWriter, r *http.Request) {
+	if r.ContentLength == 0 {
+		return
+	}
 	control := http.NewResponseController(w)
 	err := control.SetReadDeadline(time.Now().Add(time.Millisecond))
 	if err == nil {
@@ -114,11 +117,12 @@ func (in *input) readObject(text []byte, fields []string) {
 		name := key.(string)
 		var value json.RawMessage
 		_ = decoder.Decode(&value)
-		if _, repeated := in.body[name]; repeated {
-			in.faults[name] = "is repeated"
-		}
-		if !slices.Contains(fields, name) {
+		_, repeated := in.body[name]
+		switch {
+		case !slices.Contains(fields, name):
 			in.faults[name] = "is not a known field"
+		case repeated:
+			in.faults[name] = "is repeated"
 		}
 		in.body[name] = value
 	}
@@ -197,7 +201,7 @@ func (in *input) requiredField(name string) json.RawMessage {
 	return raw
 }
 
-// name returns the field name, which every good has.
+// name returns the name in the body, which is required: it is nil only with a fault.
 func (in *input) name() *string {
 	const field = "name"
 	if in.requiredField(field) == nil {
@@ -210,8 +214,8 @@ func (in *input) name() *string {
 	return s
 }
 
-// blank reports whether a text shows nothing: it has only spaces, control and format characters, and
-// letters without a form.
+// blank reports whether a text shows nothing: it has only spaces, control and format characters, Hangul
+// fillers and blank Braille cells.
 func blank(s string) bool {
 	return !strings.ContainsFunc(s, func(c rune) bool {
 		switch c {

@@ -20,13 +20,15 @@ const (
 )
 
 // serveHTTP answers requests until ctx ends. Then it says on /readyz and with each reply that it is going
-// to end, for readyDelay; stops listening; and waits until every request that has begun to arrive is
-// answered, for shutdownTimeout at most. Connections without one are closed.
+// to end, for readyDelay; stops listening; closes idle connections; and waits until every other request
+// that has begun to arrive is answered, for shutdownTimeout at most. Connections on which nothing has
+// arrived are closed after silentTimeout. A request that arrives on an idle connection just when that is
+// closed gets no answer, as at any server.
 //
 // It is not http.Server.Shutdown, which closes, without an answer, every connection whose first request has
 // not been read yet, though its client has sent it.
 func serveHTTP(ctx context.Context, listener net.Listener, api *api, log *slog.Logger) error {
-	open := &connections{Listener: listener, states: map[*connection]http.ConnState{}}
+	accepted := &connections{Listener: listener, states: map[*connection]http.ConnState{}}
 	server := &http.Server{
 		Handler:                      api.routes(),
 		ReadHeaderTimeout:            5 * time.Second,
@@ -34,12 +36,12 @@ func serveHTTP(ctx context.Context, listener net.Listener, api *api, log *slog.L
 		WriteTimeout:                 30 * time.Second,
 		IdleTimeout:                  2 * time.Minute,
 		MaxHeaderBytes:               12 << 10, // Go adds 4 KiB
-		DisableGeneralOptionsHandler: true,
+		DisableGeneralOptionsHandler: true,     // OPTIONS * gets an error of ours as well
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		ConnState:                    open.note,
+		ConnState:                    accepted.track,
 	}
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(open) }()
+	go func() { served <- server.Serve(accepted) }()
 	select {
 	case err := <-served:
 		return err
@@ -50,16 +52,16 @@ func serveHTTP(ctx context.Context, listener net.Listener, api *api, log *slog.L
 	api.closing.Store(true)
 	time.Sleep(readyDelay)
 	listener.Close()
-	<-served
+	<-served                           // net.ErrClosed
 	server.SetKeepAlivesEnabled(false) // closes idle connections
 	stopped := time.Now()
-	for open.count() > 0 && time.Since(stopped) < shutdownTimeout {
+	for accepted.count() > 0 && time.Since(stopped) < shutdownTimeout {
 		if time.Since(stopped) > silentTimeout {
-			open.closeSilent()
+			accepted.closeSilent()
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
-	if n := open.count(); n > 0 {
+	if n := accepted.count(); n > 0 {
 		log.Warn("requests were still in flight at the end", "connections", n)
 	}
 	return nil
@@ -75,8 +77,8 @@ type connections struct {
 
 // connection knows whether its client has sent anything.
 type connection struct {
-	net.Conn
-	heard atomic.Bool
+	*net.TCPConn // not net.Conn, which would hide CloseWrite from the server
+	heard        atomic.Bool
 }
 
 func (c *connections) Accept() (net.Conn, error) {
@@ -84,22 +86,21 @@ func (c *connections) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		_ = tcp.SetWriteBuffer(sendBuffer) // on an error, the buffer is only larger
-	}
-	return &connection{Conn: conn}, nil
+	tcp := conn.(*net.TCPConn)
+	_ = tcp.SetWriteBuffer(sendBuffer) // on an error, the buffer is only larger
+	return &connection{TCPConn: tcp}, nil
 }
 
 func (c *connection) Read(b []byte) (int, error) {
-	n, err := c.Conn.Read(b)
-	if n > 0 && !c.heard.Load() {
+	n, err := c.TCPConn.Read(b)
+	if n > 0 {
 		c.heard.Store(true)
 	}
 	return n, err
 }
 
-// note is called by the server when the state of a connection changes.
-func (c *connections) note(conn net.Conn, state http.ConnState) {
+// track is called by the server when the state of a connection changes.
+func (c *connections) track(conn net.Conn, state http.ConnState) {
 	known := conn.(*connection)
 	c.mu.Lock()
 	defer c.mu.Unlock()

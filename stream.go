@@ -14,6 +14,12 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
+const (
+	natsTimeout  = 2 * time.Second // for one answer of NATS
+	streamLimit  = 1_000_000       // messages; past it NATS refuses, and events wait in the outbox
+	messageLimit = 500_000         // bytes, or what the server allows if that is less
+)
+
 // stream is the service's stream in NATS: a work queue of messages, each of them a JSON array of events.
 // NATS may lose everything: an event stays in the outbox until ClickHouse holds it. All methods may be
 // called concurrently.
@@ -26,7 +32,7 @@ type stream struct {
 	log       *slog.Logger
 
 	mu        sync.Mutex      // guards what follows
-	lastError error           // of the connection, since it was made
+	lastError error           // why there is no connection, or nil
 	noted     map[string]bool // the errors that were logged since
 }
 
@@ -42,7 +48,8 @@ func openStream(url, namespace string, replicas int, metrics *metrics, log *slog
 		nats.ReconnectWait(500*time.Millisecond),
 		nats.ReconnectBufSize(-1), // what was not sent is still in the outbox
 		nats.Timeout(natsTimeout),
-		nats.PingInterval(time.Second), // a frozen server is left within three seconds
+		nats.FlusherTimeout(natsTimeout), // or a frozen server that takes no more bytes is left after a minute
+		nats.PingInterval(time.Second),   // a frozen server is left within three seconds
 		nats.MaxPingsOutstanding(2),
 		nats.ConnectHandler(func(*nats.Conn) { s.forgetErrors() }),
 		nats.ReconnectHandler(func(*nats.Conn) { s.forgetErrors() }),
@@ -160,5 +167,5 @@ func (s *stream) ping(ctx context.Context) error {
 // maxMessage returns how many bytes a message may have.
 func (s *stream) maxMessage() int {
 	const header = 512 // is enough for ours
-	return min(maxMessage, int(s.conn.MaxPayload())-header)
+	return min(messageLimit, int(s.conn.MaxPayload())-header)
 }

@@ -37,32 +37,31 @@ CREATE TRIGGER campaigns_add_meta
     AFTER INSERT ON campaigns
     FOR EACH ROW EXECUTE FUNCTION campaigns_add_meta();
 
--- Adds to the counts of one project, and to those of all.
-CREATE FUNCTION add_to_meta(project integer, more bigint, more_removed bigint) RETURNS void
-    LANGUAGE plpgsql AS
-$$
-BEGIN
-    UPDATE project_meta SET total = total + more, removed = removed + more_removed WHERE project_id = project;
-    UPDATE meta SET total = total + more, removed = removed + more_removed;
-END
-$$;
-
 CREATE FUNCTION goods_count_insert() RETURNS trigger
     LANGUAGE plpgsql AS
 $$
 DECLARE
-    change record;
+    change      record;
+    all_more    bigint := 0;
+    all_removed bigint := 0;
 BEGIN
-    -- In the order of projects, here and below: transactions that wait for each
-    -- other's counts do so in one direction only.
+    -- Projects in their order, and meta last, here and below: transactions that
+    -- wait for each other's counts do so in one direction only.
     FOR change IN
         SELECT project_id, count(*) AS more, count(*) FILTER (WHERE removed) AS more_removed
         FROM new_goods
         GROUP BY project_id
         ORDER BY project_id
     LOOP
-        PERFORM add_to_meta(change.project_id, change.more, change.more_removed);
+        UPDATE project_meta
+        SET total = total + change.more, removed = removed + change.more_removed
+        WHERE project_id = change.project_id;
+        all_more := all_more + change.more;
+        all_removed := all_removed + change.more_removed;
     END LOOP;
+    IF all_more <> 0 THEN
+        UPDATE meta SET total = total + all_more, removed = removed + all_removed;
+    END IF;
     RETURN NULL;
 END
 $$;
@@ -78,7 +77,8 @@ CREATE FUNCTION goods_count_update() RETURNS trigger
     LANGUAGE plpgsql AS
 $$
 DECLARE
-    change record;
+    change      record;
+    all_removed bigint := 0;
 BEGIN
     FOR change IN
         SELECT project_id, sum(more) AS more, sum(more_removed) AS more_removed
@@ -89,8 +89,14 @@ BEGIN
         HAVING sum(more) <> 0 OR sum(more_removed) <> 0
         ORDER BY project_id
     LOOP
-        PERFORM add_to_meta(change.project_id, change.more, change.more_removed);
+        UPDATE project_meta
+        SET total = total + change.more, removed = removed + change.more_removed
+        WHERE project_id = change.project_id;
+        all_removed := all_removed + change.more_removed;
     END LOOP;
+    IF all_removed <> 0 THEN
+        UPDATE meta SET removed = removed + all_removed;
+    END IF;
     RETURN NULL;
 END
 $$;

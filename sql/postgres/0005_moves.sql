@@ -38,7 +38,7 @@ CREATE FUNCTION move_goods(requests json, max_span integer, max_batch integer, w
     LANGUAGE plpgsql AS
 $$
 DECLARE
-    last_position integer := lock_priorities();
+    last_position integer;
     renumbered    integer := 0;
     request       record;
     found_good    record;
@@ -47,6 +47,7 @@ DECLARE
     high          integer;
     step          integer;
 BEGIN
+    last_position := lock_priorities(); -- held until the end of the transaction
     FOR request IN
         SELECT r.id, r.project_id, r.priority, r.version, r.number
         FROM ROWS FROM (json_to_recordset(requests)
@@ -59,72 +60,56 @@ BEGIN
         IF wait THEN
             PERFORM lock_range(request.id, request.project_id, request.priority, max_span);
         END IF;
-        -- Nobody else changes priorities while this transaction has their lock.
+        -- No other transaction changes priorities while this transaction has their lock.
         SELECT g.priority, g.version
         INTO found_good
         FROM goods AS g
         WHERE g.id = request.id
           AND g.project_id = request.project_id
           AND NOT g.removed;
-        IF NOT FOUND THEN
-            outcome := 'missing';
-            RETURN NEXT;
-            CONTINUE;
-        END IF;
-        IF found_good.version <> request.version THEN
-            outcome := 'changed';
-            RETURN NEXT;
-            CONTINUE;
-        END IF;
-
         target := least(request.priority, last_position);
         low := least(found_good.priority, target);
         high := greatest(found_good.priority, target);
         first_position := low;
-        IF low = high THEN
+        IF found_good.priority IS NULL THEN
+            outcome := 'missing';
+        ELSIF found_good.version <> request.version THEN -- any version, if it is null
+            outcome := 'changed';
+        ELSIF low = high THEN
             outcome := 'moved';
             keys := ARRAY[request.id::bigint << 32 | found_good.version];
-            RETURN NEXT;
-            CONTINUE;
-        END IF;
-        IF high - low > max_span THEN
+        ELSIF high - low > max_span THEN
             outcome := 'too long';
             first_position := found_good.priority;
-            RETURN NEXT;
-            CONTINUE;
-        END IF;
-        IF renumbered > 0 AND renumbered + high - low + 1 > max_batch THEN
+        ELSIF renumbered > 0 AND renumbered + high - low + 1 > max_batch THEN
             outcome := 'postponed';
-            RETURN NEXT;
-            CONTINUE;
-        END IF;
-
-        step := CASE WHEN target = low THEN 1 ELSE -1 END;
-        -- All goods of the range, or none. The moved one must still be what was
-        -- found above: it can be edited or removed until it is locked here.
-        WITH locked AS MATERIALIZED (
-            SELECT g.id
-            FROM goods AS g
-            WHERE g.priority BETWEEN low AND high
-              AND (g.id <> request.id OR NOT g.removed AND g.version = found_good.version)
-            ORDER BY g.id
-            FOR UPDATE SKIP LOCKED
-        ), moved AS (
-            UPDATE goods AS g
-            SET priority = CASE WHEN g.id = request.id THEN target ELSE g.priority + step END,
-                version = g.version + 1
-            WHERE g.priority BETWEEN low AND high
-              AND (SELECT count(*) FROM locked) = high - low + 1
-            RETURNING g.id, g.priority, g.version
-        )
-        SELECT array_agg(m.id::bigint << 32 | m.version ORDER BY m.priority)
-        INTO keys
-        FROM moved AS m;
-        IF keys IS NULL THEN
-            outcome := 'locked';
         ELSE
-            outcome := 'moved';
-            renumbered := renumbered + high - low + 1;
+            step := CASE WHEN target = low THEN 1 ELSE -1 END;
+            -- All goods of the range, or none. The moved one must still be what was
+            -- found above: it can be edited or removed until it is locked here.
+            WITH locked AS MATERIALIZED (
+                SELECT g.id
+                FROM goods AS g
+                WHERE g.priority BETWEEN low AND high
+                  AND (g.id <> request.id OR NOT g.removed AND g.version = found_good.version)
+                ORDER BY g.id
+                FOR UPDATE SKIP LOCKED
+            ), moved AS (
+                UPDATE goods AS g
+                SET priority = CASE WHEN g.id = request.id THEN target ELSE g.priority + step END,
+                    version = g.version + 1
+                WHERE g.priority BETWEEN low AND high
+                  AND (SELECT count(*) FROM locked) = high - low + 1
+                RETURNING g.id, g.priority, g.version
+            )
+            SELECT array_agg(m.id::bigint << 32 | m.version ORDER BY m.priority)
+            INTO keys
+            FROM moved AS m;
+            outcome := 'locked';
+            IF keys IS NOT NULL THEN
+                outcome := 'moved';
+                renumbered := renumbered + high - low + 1;
+            END IF;
         END IF;
         RETURN NEXT;
     END LOOP;

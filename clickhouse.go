@@ -1,0 +1,123 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+	"sync/atomic"
+	"time"
+
+	"github.com/ClickHouse/clickhouse-go/v2"
+)
+
+// eventLog is the table goods_log in ClickHouse. All methods may be called concurrently.
+type eventLog struct {
+	writer, reader clickhouse.Conn // readers have connections of their own, and so never hold up the events
+	// syncInserts says that the server has to be told not to acknowledge an INSERT before it is stored.
+	syncInserts atomic.Bool
+}
+
+// openEventLog returns the log, which connects when it is used.
+func openEventLog(options *clickhouse.Options) *eventLog {
+	open := func(conns int) clickhouse.Conn {
+		o := *options
+		o.DialTimeout = 2 * time.Second
+		o.ReadTimeout = eventTimeout // the default is five minutes
+		o.MaxOpenConns = conns
+		o.MaxIdleConns = conns
+		conn, err := clickhouse.Open(&o)
+		if err != nil {
+			panic(err) // happens only without options
+		}
+		return conn
+	}
+	return &eventLog{
+		writer: open(insertWorkers + 1), // and a ping
+		reader: open(historyConns),
+	}
+}
+
+// ping reports whether the table is there.
+func (l *eventLog) ping(ctx context.Context) error {
+	var exists uint8
+	if err := l.writer.QueryRow(ctx, `EXISTS TABLE goods_log`).Scan(&exists); err != nil {
+		return err
+	}
+	if exists == 0 {
+		return errors.New("there is no table goods_log")
+	}
+	return nil
+}
+
+// insert adds events in one INSERT, and returns when they are stored.
+func (l *eventLog) insert(events []event) error {
+	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
+	// Not at once: the driver may take that for the end of an INSERT, and close a connection that the next
+	// one has.
+	defer time.AfterFunc(time.Second, cancel)
+	if l.syncInserts.Load() {
+		ctx = clickhouse.Context(ctx, clickhouse.WithSettings(clickhouse.Settings{
+			"async_insert":          0,
+			"wait_for_async_insert": 1,
+		}))
+	}
+	batch, err := l.writer.PrepareBatch(ctx, `
+INSERT INTO goods_log (Id, ProjectId, Name, Description, Priority, Removed, EventTime, Version)`)
+	if err != nil {
+		return err
+	}
+	defer batch.Close()
+	for _, e := range events {
+		removed := uint8(0) // ClickHouse 18.16 has no Bool
+		if e.Removed {
+			removed = 1
+		}
+		err := batch.Append(e.GoodID, e.ProjectID, e.Name, e.Description, e.Priority, removed, e.Time.UTC(),
+			uint32(e.Version))
+		if err != nil {
+			return err
+		}
+	}
+	return batch.Send()
+}
+
+// migrate runs the files of sql/clickhouse. A user that may not create tables needs none created: if the
+// table is there, a refusal does not count.
+func (l *eventLog) migrate() error {
+	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
+	defer cancel()
+	err := l.runMigrations(ctx)
+	var refusal *clickhouse.Exception
+	if errors.As(err, &refusal) && l.ping(ctx) == nil {
+		err = nil
+	}
+	if err != nil {
+		return fmt.Errorf("migrate clickhouse: %w", err)
+	}
+	server, err := l.writer.ServerVersion()
+	if err != nil {
+		return fmt.Errorf("migrate clickhouse: %w", err)
+	}
+	const firstWithAsyncInserts = 22
+	l.syncInserts.Store(server.Version.Major >= firstWithAsyncInserts)
+	return nil
+}
+
+func (l *eventLog) runMigrations(ctx context.Context) error {
+	names, err := fs.Glob(migrations, "sql/clickhouse/*.sql")
+	if err != nil {
+		return err
+	}
+	for _, file := range names {
+		text, err := fs.ReadFile(migrations, file)
+		if err != nil {
+			return err
+		}
+		if err := l.writer.Exec(ctx, string(text)); err != nil {
+			return fmt.Errorf("%s: %w", path.Base(file), err)
+		}
+	}
+	return nil
+}
