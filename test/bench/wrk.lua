@@ -17,6 +17,6 @@ function init(args)
 end
 function done(summary, latency)
 	local e = summary.errors
-	io.write(string.format("RESULT %d %d %d %d %d\n", summary.requests, summary.duration,
-		latency:percentile(50), latency:percentile(99), e.connect + e.read + e.write + e.status + e.timeout))
+	io.write(string.format("RESULT %d %d %d %d %d %d\n", summary.requests, summary.duration,
+		latency:percentile(50), latency:percentile(99), e.status, e.connect + e.read + e.write + e.timeout))
 end
