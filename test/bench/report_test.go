@@ -88,6 +88,9 @@ func (b *bench) report(took time.Duration) string {
 
 // reportRows tells how the service compares with its references, and where each spends its time.
 func (b *bench) reportRows(text *lines) {
+	if len(b.rows) == 0 {
+		return
+	}
 	var reasons, used lines
 	text.add("| what | requests/s, p50, p99 ms | compared with | requests/s, p50, p99 ms" +
 		" | ratio | spread | goal |")
