@@ -103,7 +103,12 @@ FROM goods`)
 						_ = harness.Forward(to, part)
 					}
 					return io.ErrClosedPipe
-				}, harness.Forward)
+				}, func(to net.Conn, part []byte) error {
+					if commits.Load() > 0 {
+						return io.ErrClosedPipe // the reply must not slip through before the connection ends
+					}
+					return harness.Forward(to, part)
+				})
 				const key = keyHeader + "once"
 				body := strings.Replace(call.body, "1", "3", 1) // a move that moves
 				refused(t, a, 8, call.method, call.path, body, key)

@@ -58,7 +58,7 @@ func Main(m *testing.M) {
 	if out, err := build.CombinedOutput(); err != nil {
 		log.Fatalf("go build: %v\n%s", err, out)
 	}
-	_ = flag.Set("test.parallel", "6") // tests wait more than they compute; what the command line says wins
+	_ = flag.Set("test.parallel", "10") // tests wait more than they compute; what the command line says wins
 	contract()                         // is read now, not while a test measures time
 	code := m.Run()
 	os.RemoveAll(dir)
