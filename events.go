@@ -15,7 +15,7 @@ import (
 
 const (
 	fetchLimit    = 16              // messages taken at a time
-	insertWorkers = 4               // INSERTs at a time
+	insertWorkers = 2               // INSERTs at a time: more are slower, as each makes a part
 	eventTimeout  = 5 * time.Second // for one exchange with ClickHouse, or one statement of Postgres
 	ackWait       = 2 * eventTimeout
 	lostAfter     = 30 * time.Second // longer than any event is on its way to the stream
