@@ -20,9 +20,9 @@ import (
 )
 
 const (
-	memoryLimit  = "GOMEMLIMIT=512000000B" // as in compose.yaml
-	memoryBound  = 512 << 10               // KiB, as in compose.yaml
-	heapAtRest   = 64 << 20                // bytes
+	memoryLimit  = "GOMEMLIMIT=420MiB" // as in compose.yaml
+	memoryBound  = 512 << 10           // KiB, as in compose.yaml
+	heapAtRest   = 64 << 20            // bytes
 	readers      = 64
 	readFor      = 10 * time.Second
 	readAtOnce   = 1 << 20                // bytes

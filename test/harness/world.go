@@ -59,7 +59,7 @@ func Main(m *testing.M) {
 		log.Fatalf("go build: %v\n%s", err, out)
 	}
 	_ = flag.Set("test.parallel", "10") // tests wait more than they compute; what the command line says wins
-	contract()                         // is read now, not while a test measures time
+	contract()                          // is read now, not while a test measures time
 	code := m.Run()
 	os.RemoveAll(dir)
 	os.Exit(code)
