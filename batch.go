@@ -19,9 +19,9 @@ import (
 //
 //   - Who joins: a call joins only a batch that has not begun, so a read sees every write that was answered
 //     before the read was sent. No two calls of a batch share a conflictKey.
-//   - Who waits: every caller, for requestTimeout at most, whatever its batch is waiting for. A batch never
-//     waits for one of its calls: what another transaction has locked is left out, and left out again by the next
-//     batch; only then is the call retried alone, and may wait. Such calls wait for each other, too.
+//   - Who waits: every caller, for requestTimeout at most. A batch does not wait for a good that another
+//     transaction has locked: it leaves the call out. The next batch tries again; if it leaves the call out,
+//     too, the call is retried alone, and may wait. loneRequests such calls run at a time.
 //   - What is retried: a call that its batch left out (errRetryAlone), and every call of a batch that failed,
 //     alone and once. So a failure stays with its own call, and a pooled connection that died while it was
 //     idle fails no call at all.
@@ -160,7 +160,9 @@ func (b *batcher[Q, A]) runAll() {
 				c.answer <- results[i]
 			}
 		}
-		b.sizes.observe(float64(len(batch) - len(postponed)))
+		if n := len(batch) - len(postponed); n > 0 {
+			b.sizes.observe(float64(n)) // of the calls that it ran
+		}
 		b.postpone(postponed)
 	}
 }

@@ -73,7 +73,8 @@ func start(b *batcher[ask, int], requests ...ask) chan ended {
 func TestBatchTakesWhatWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b, batches := testBatcher(slowEcho)
-		done := start(b, ask{n: 1}, ask{n: 2}, ask{n: 3}, ask{n: 4}, ask{n: 5}, ask{n: 6}, ask{7, "a"}, ask{8, "a"}, ask{9, "b"})
+		done := start(b, ask{n: 1}, ask{n: 2}, ask{n: 3}, ask{n: 4}, ask{n: 5}, ask{n: 6},
+			ask{7, "a"}, ask{8, "a"}, ask{9, "b"})
 		for range 9 {
 			if e := <-done; e.err != nil || e.answer != e.n {
 				t.Errorf("call %d: got %d, %v", e.n, e.answer, e.err)

@@ -24,8 +24,8 @@ const (
 	// cacheConns are enough for every batcher of lists, for the writers, and for a ping.
 	cacheConns = 4*(1+loneRequests) + cacheWriters + 1
 
-	localBits    = 14 // 1<<localBits goods are kept in the process itself
-	localMaxSize = 1 << 10
+	localBits    = 14      // 1<<localBits goods are kept in the process itself
+	localMaxSize = 1 << 10 // bytes; larger goods are in Redis only
 )
 
 // key names one version of one good: its id, and the version in the lower 32 bits. The content of a version
@@ -50,7 +50,7 @@ type cache struct {
 	emptied  time.Time // when local was emptied: what is in it is not older
 }
 
-// localGood is the last good with a key that belongs to this place of cache.local.
+// localGood is one place of cache.local: of the goods whose keys lead here, the one that came last.
 type localGood struct {
 	key  key
 	json []byte

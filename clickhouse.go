@@ -56,7 +56,7 @@ func (l *eventLog) insert(events []event) error {
 	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
 	// Not at once: the driver may take that for the end of an INSERT, and close a connection that the next
 	// one has.
-	defer time.AfterFunc(time.Second, cancel)
+	defer func() { time.AfterFunc(time.Second, cancel) }()
 	if l.syncInserts.Load() {
 		ctx = clickhouse.Context(ctx, clickhouse.WithSettings(clickhouse.Settings{
 			"async_insert":          0,

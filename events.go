@@ -14,11 +14,11 @@ import (
 )
 
 const (
-	fetchLimit    = 16              // messages taken at a time
-	insertWorkers = 2               // INSERTs at a time: more are slower, as each makes a part
-	eventTimeout  = 5 * time.Second // for one exchange with ClickHouse, or one statement of Postgres
-	ackWait       = 2 * eventTimeout
-	lostAfter     = 30 * time.Second // longer than any event is on its way to the stream
+	fetchLimit    = 16               // messages taken at a time
+	insertWorkers = 2                // INSERTs at a time: more are slower, as each makes a part
+	eventTimeout  = 5 * time.Second  // for one exchange with ClickHouse, or one statement of Postgres
+	ackWait       = 3 * eventTimeout // longer than an INSERT, a migration after it, and retryMost
+	lostAfter     = 30 * time.Second // from publishing to the note that it was takes less, by far
 	lookInterval  = lostAfter / 3    // between two looks for lost events
 	retryFirst    = 100 * time.Millisecond
 	retryMost     = 2 * time.Second
@@ -70,21 +70,20 @@ type consumer struct {
 
 // run consumes, forever.
 func (c *consumer) run() {
-	c.retry("migrate clickhouse", c.events.migrate)
+	c.retry("migrate clickhouse", nil, func([]*delivery) error { return c.events.migrate() })
 	state := &stateLog{log: c.log, name: "consumer"}
 	for {
-		queue, err := c.open()
-		if err == nil {
-			state.report(nil)
-			err = c.consume(queue)
-		}
-		state.report(err)
+		state.report(c.consume(state))
 		time.Sleep(time.Second)
 	}
 }
 
-// consume consumes until NATS fails.
-func (c *consumer) consume(queue jetstream.Consumer) error {
+// consume consumes until NATS fails. It reports to state that it works.
+func (c *consumer) consume(state *stateLog) error {
+	queue, err := c.open()
+	if err != nil {
+		return err
+	}
 	lastLook := time.Now()
 	for {
 		if time.Since(lastLook) > lookInterval {
@@ -97,6 +96,7 @@ func (c *consumer) consume(queue jetstream.Consumer) error {
 		if err != nil {
 			return err
 		}
+		state.report(nil)
 		c.store(messages)
 	}
 }
@@ -117,7 +117,8 @@ func (c *consumer) open() (jetstream.Consumer, error) {
 	})
 }
 
-// fetch returns the messages that are there. If there are none, it waits a moment for one.
+// fetch returns the messages that are there. If there are none, it waits a moment for one. After an error,
+// what came before it is not returned: NATS delivers it again.
 func fetch(queue jetstream.Consumer) ([]jetstream.Msg, error) {
 	batch, err := queue.FetchNoWait(fetchLimit)
 	if err != nil {
@@ -131,7 +132,8 @@ func fetch(queue jetstream.Consumer) ([]jetstream.Msg, error) {
 	if err != nil {
 		return nil, err
 	}
-	return collect(batch), batch.Error()
+	messages = collect(batch)
+	return messages, batch.Error()
 }
 
 func collect(batch jetstream.MessageBatch) (messages []jetstream.Msg) {
@@ -160,21 +162,18 @@ func (c *consumer) store(messages []jetstream.Msg) {
 		}
 		deliveries = append(deliveries, &delivery{message: m, events: events})
 	}
-	c.retry("store events", func() error { return keepAlive(deliveries, c.insertAll(deliveries)) })
-	c.retry("clear outbox", func() error { return keepAlive(deliveries, c.clearOutbox(deliveries)) })
+	c.retry("store events", deliveries, c.insertAll)
+	c.retry("clear outbox", deliveries, c.clearOutbox)
 	for _, d := range deliveries {
 		_ = d.message.Ack() // one that is lost only repeats the events
 	}
 }
 
-// keepAlive says after a failure that deliveries are still being worked on: they stay with this replica.
-func keepAlive(deliveries []*delivery, err error) error {
-	if err != nil {
-		for _, d := range deliveries {
-			_ = d.message.InProgress()
-		}
+// keepAlive says that deliveries are still being worked on: they stay with this replica.
+func keepAlive(deliveries []*delivery) {
+	for _, d := range deliveries {
+		_ = d.message.InProgress()
 	}
-	return err
 }
 
 // reject removes a message that is no event, now and in the future.
@@ -187,6 +186,7 @@ func (c *consumer) reject(m jetstream.Msg, err error) {
 // insertAll inserts the events of deliveries that are not stored yet, one INSERT for each and some at a time.
 func (c *consumer) insertAll(deliveries []*delivery) error {
 	for group := range slices.Chunk(deliveries, insertWorkers) {
+		keepAlive(deliveries)
 		errs := make([]error, len(group))
 		var inserts sync.WaitGroup
 		for i, d := range group {
@@ -257,22 +257,28 @@ func (c *consumer) requeueLost(queue jetstream.Consumer) error {
 	if err != nil {
 		return err
 	}
+	info := stream.CachedInfo()
 	age := lostAfter
-	if state := stream.CachedInfo().State; state.Msgs > 0 {
-		age += time.Since(state.FirstTime)
+	if info.State.Msgs > 0 {
+		now := info.TimeStamp // of NATS, whose clock need not be ours; servers before 2.10 do not tell
+		if now.IsZero() {
+			now = time.Now()
+		}
+		age += max(now.Sub(info.State.FirstTime), 0)
 	}
 	return c.relay.requeue(age)
 }
 
-// retry repeats f, with growing pauses, until it succeeds.
-func (c *consumer) retry(name string, f func() error) {
+// retry repeats f with deliveries, with growing pauses, until it succeeds.
+func (c *consumer) retry(name string, deliveries []*delivery, f func([]*delivery) error) {
 	state := &stateLog{log: c.log, name: name}
 	for wait := retryFirst; ; wait = min(2*wait, retryMost) {
-		err := f()
+		err := f(deliveries)
 		state.report(err)
 		if err == nil {
 			return
 		}
+		keepAlive(deliveries)
 		time.Sleep(wait)
 	}
 }

@@ -141,8 +141,9 @@ func (s *service) Create(ctx context.Context, q createRequest) (created, error) 
 //go:embed sql/queries/create_goods.sql
 var createGoods string
 
-// createAttempts are usually enough for keys that other transactions use while this one waits for the lock
-// of the priorities: the next attempt knows them. After that, each request is retried alone.
+// createAttempts is how often a batch is sent. An attempt fails when another transaction commits one of its
+// keys while it waits for the lock of the priorities; the next attempt finds that good. After the last,
+// each request is retried alone.
 const createAttempts = 3
 
 func (s *service) createGoods(requests []createRequest, results []result[created], _ bool) error {

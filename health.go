@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	_ "embed"
 	"log/slog"
 	"sync"
 	"sync/atomic"
@@ -75,14 +74,14 @@ func (h *health) report() map[string]string {
 	return states
 }
 
-// stateLog logs when something begins to fail, with the cause, and when it has recovered, which is when it
-// succeeds and has not failed for quiet. It may be used concurrently.
+// stateLog logs the first failure, with its cause, and the recovery: the first success that has no failure
+// within quiet before it. It may be used concurrently.
 type stateLog struct {
 	log   *slog.Logger
 	name  string
 	quiet time.Duration
 
-	failing atomic.Bool // whether there is anything to do after a success
+	failing atomic.Bool // is read without mu, so that a success costs nothing
 	mu      sync.Mutex  // guards what follows, and changes of failing
 	last    time.Time   // failure
 }

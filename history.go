@@ -37,25 +37,27 @@ type pastVersion struct {
 // does not know has none. It is the log, a little behind the list. The caller must call release when the
 // page has been sent. Failures: errUnavailable without ClickHouse.
 func (s *service) History(ctx context.Context, q historyRequest) (page []byte, release func(), err error) {
-	page, release, err = s.replies.build(ctx, func(ctx context.Context, maxBytes int, reserved bool) ([]byte, error) {
+	read := func(ctx context.Context, maxBytes int, reserved bool) ([]byte, error) {
 		q.maxBytes = maxBytes
 		q.reserved = reserved
 		if reserved {
 			return s.largeHistories.do(ctx, q)
 		}
 		return s.histories.do(ctx, q)
-	})
+	}
+	page, release, err = s.replies.build(ctx, read)
 	if err != nil {
 		return nil, nil, fmt.Errorf("history: %w: %w", errUnavailable, err)
 	}
 	return page, release, nil
 }
 
-// readHistory answers the first request, and those that are equal.
+// readHistory answers the first request, and those that are equal. A failure is not retried: there is no
+// time for a second historyTimeout.
 func (s *service) readHistory(requests []historyRequest, results []result[[]byte], _ bool) error {
 	if requests[0].reserved {
-		s.replies.building.Lock()
-		defer s.replies.building.Unlock()
+		s.replies.buildingHistory.Lock()
+		defer s.replies.buildingHistory.Unlock()
 	}
 	page, err := s.events.history(requests[0])
 	answerEqual(requests, results, result[[]byte]{answer: page, err: err})
@@ -113,7 +115,8 @@ func (l *eventLog) history(q historyRequest) ([]byte, error) {
 	page := fmt.Appendf(nil, `{"meta":{"total":%d,"limit":%d,"offset":%d},"versions":[`,
 		total, q.limit, q.offset)
 	separator := ""
-	size := len(page)
+	const closing = "]}\n"
+	size := len(page) + len(closing)
 	for rows.Next() {
 		var v pastVersion
 		var removed uint8
@@ -134,7 +137,7 @@ func (l *eventLog) history(q historyRequest) ([]byte, error) {
 		return nil, err
 	}
 	if size > q.maxBytes {
-		return nil, errReplyTooLarge(size + 16)
+		return nil, errReplyTooLarge(size)
 	}
-	return append(page, "]}\n"...), nil
+	return append(page, closing...), nil
 }

@@ -51,7 +51,7 @@ type pages struct {
 	cache        *cache
 	versions     string
 	goods        string
-	building     *sync.Mutex // see replyMemory
+	building     *sync.Mutex // a large page: see replyMemory
 	batcher      *batcher[listRequest, []byte]
 	largeBatcher *batcher[listRequest, []byte] // for pages whose memory is reserved
 }
@@ -69,7 +69,7 @@ var projectVersions string
 var projectGoods string
 
 func newPages(name, versions, goods string, s *service, metrics *metrics, log *slog.Logger) *pages {
-	p := &pages{db: s.db, cache: s.cache, building: s.replies.building, versions: versions, goods: goods}
+	p := &pages{db: s.db, cache: s.cache, building: s.replies.buildingList, versions: versions, goods: goods}
 	p.batcher = newBatcher(name, batchLimit, p.read, metrics, log)
 	p.largeBatcher = newBatcher("large "+name, batchLimit, p.readOne, metrics, log)
 	return p
@@ -131,6 +131,8 @@ type snapshot struct {
 	goods          [][]byte // JSON, one for each key; nil where it is not known
 }
 
+func (s *snapshot) exceeds(maxBytes int) bool { return s.bytes > int64(maxBytes) }
+
 // readTogether puts the answers to requests, which are all different, into answers. Each page is one
 // moment: the counts and the versions come from one statement, and the content of a version never changes.
 // Where a good is not cached, the page is read again, whole, in one statement of its own.
@@ -190,8 +192,8 @@ func (p *pages) answerCached(serverID string, requests []listRequest, snapshots 
 	var keys []key
 	for i := range snapshots {
 		s := &snapshots[i]
-		if s.bytes > int64(requests[i].maxBytes) {
-			s.keys = nil
+		if s.exceeds(requests[i].maxBytes) {
+			s.keys = nil // it is not going to be answered here: its goods are not read
 		}
 		keys = append(keys, s.keys...)
 	}
@@ -203,7 +205,7 @@ func (p *pages) answerCached(serverID string, requests []listRequest, snapshots 
 		switch {
 		case !s.exists:
 			answers[q].err = errCampaignNotFound
-		case s.bytes > int64(q.maxBytes):
+		case s.exceeds(q.maxBytes):
 			answers[q].err = errReplyTooLarge(s.bytes)
 		case slices.ContainsFunc(s.goods, func(good []byte) bool { return good == nil }):
 			missing = append(missing, q)
@@ -232,7 +234,7 @@ func (p *pages) readGoods(requests []listRequest, answers map[listRequest]*resul
 		s.keys = append(s.keys, g.key())
 		text := encodeJSON(&g)
 		s.bytes += int64(len(text)) + 1
-		if s.bytes <= int64(requests[n-1].maxBytes) { // else it is too large, and only its size is of interest
+		if !s.exceeds(requests[n-1].maxBytes) { // else only its size is of interest
 			s.goods = append(s.goods, text)
 		}
 		return nil
@@ -243,7 +245,7 @@ func (p *pages) readGoods(requests []listRequest, answers map[listRequest]*resul
 	known := p.db.id() == serverID // whose versions these are
 	for i, q := range requests {
 		s := &snapshots[i]
-		if len(s.goods) < len(s.keys) {
+		if s.exceeds(q.maxBytes) {
 			answers[q].err = errReplyTooLarge(s.bytes)
 			continue
 		}

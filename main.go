@@ -22,7 +22,8 @@ const (
 	// is still less than requestTimeout.
 	statementTimeout = requestTimeout * 7 / 8
 	startTimeout     = time.Minute // for Postgres to answer at the start
-	eventConns       = 4           // connections for the relay, the consumer and the sampler
+	// eventConns are for the relay, which prepares statements on a second one, the consumer, and the sampler.
+	eventConns = 4
 )
 
 func main() {

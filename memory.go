@@ -24,9 +24,10 @@ const (
 
 // memory is an amount of memory that replies share. All methods may be called concurrently.
 type memory struct {
-	// used counts. turn is held while counting up, so that two callers never wait for each other's units.
-	// first is held by a caller's first attempt while it waits for turn, so that one who comes again has
-	// only one such before him.
+	// used has an element for each unit in use. turn is held by the one caller that is taking units: two
+	// that each have a part would wait for each other forever. first is held as well by a caller that has
+	// not waited before: only one such caller competes for turn, so a caller that comes again waits for at
+	// most one of them.
 	first, turn, used chan struct{}
 }
 
@@ -80,16 +81,17 @@ func (m *memory) free(units int) {
 // replyMemory is the memory of all replies.
 type replyMemory struct {
 	medium, large *memory
-	// building is held while a large reply is built. A caller that leaves gives its memory back at once,
-	// but what it has asked for is finished: so there is one such reply at most.
-	building *sync.Mutex
+	// A caller that leaves gives its memory back at once, but what it has asked for is finished. Each of
+	// these is held while a large reply is built, so there is one such list and one such history at most.
+	buildingList, buildingHistory *sync.Mutex
 }
 
 func newReplyMemory() replyMemory {
 	return replyMemory{
-		medium:   newMemory(mediumMemory),
-		large:    newMemory(largeMemory),
-		building: &sync.Mutex{},
+		medium:          newMemory(mediumMemory),
+		large:           newMemory(largeMemory),
+		buildingList:    &sync.Mutex{},
+		buildingHistory: &sync.Mutex{},
 	}
 }
 
@@ -108,6 +110,9 @@ func (m replyMemory) reserve(ctx context.Context, bytes int, again bool) (releas
 // errReplyTooLarge is the error of a reply that has more bytes than it may have: so many.
 type errReplyTooLarge int
 
+// withEscapes adds an eighth, for the escapes of JSON, which an estimate does not count.
+func (e errReplyTooLarge) withEscapes() int { return int(e) + int(e)/8 }
+
 func (e errReplyTooLarge) Error() string { return fmt.Sprintf("the reply has %d bytes", int(e)) }
 
 // builder makes a reply of at most maxBytes, or returns errReplyTooLarge. reserved says that there is
@@ -118,32 +123,30 @@ type builder func(ctx context.Context, maxBytes int, reserved bool) ([]byte, err
 // built anew afterwards rather than held meanwhile. All of it ends within requestTimeout. The caller must
 // call release when the reply has been sent; after an error, there is nothing to release.
 func (m replyMemory) build(ctx context.Context, build builder) (reply []byte, release func(), err error) {
-	start := time.Now()
+	deadline := time.Now().Add(requestTimeout)
 	reply, err = build(ctx, smallReply, false)
-	need := len(reply)
-	if err == nil && need <= freeReply {
+	need := smallReply
+	tooLarge, ok := errors.AsType[errReplyTooLarge](err)
+	switch {
+	case ok:
+		need = tooLarge.withEscapes()
+	case err != nil:
+		return nil, nil, err
+	case len(reply) <= freeReply:
 		return reply, func() {}, nil
-	}
-	if err == nil {
+	default:
 		moment, cancel := context.WithTimeout(ctx, reserveTimeout)
-		defer cancel()
-		release, err = m.reserve(moment, need, false)
+		release, err = m.reserve(moment, len(reply), false)
+		cancel()
 		if err == nil {
 			return reply, release, nil
 		}
-		reply = nil
-		err = nil
-		need = smallReply // what it was built within
+		reply = nil // it is built anew when there is memory
 	}
-	ctx, cancel := context.WithDeadline(ctx, start.Add(requestTimeout))
+	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	again := false
 	for {
-		if tooLarge, ok := errors.AsType[errReplyTooLarge](err); ok {
-			need = int(tooLarge) + int(tooLarge)/8 // for escapes, which are not counted beforehand
-		} else if err != nil {
-			return nil, nil, err
-		}
 		release, err = m.reserve(ctx, need, again)
 		if err != nil {
 			return nil, nil, err
@@ -153,6 +156,11 @@ func (m replyMemory) build(ctx context.Context, build builder) (reply []byte, re
 			return reply, release, nil
 		}
 		release()
+		tooLarge, ok := errors.AsType[errReplyTooLarge](err)
+		if !ok {
+			return nil, nil, err
+		}
+		need = tooLarge.withEscapes()
 		again = true
 	}
 }

@@ -13,7 +13,8 @@ import (
 func TestMigrateRefusals(t *testing.T) {
 	url := os.Getenv("POSTGRES_URL")
 	if url == "" {
-		t.Fatal(`POSTGRES_URL is not set: use make test, or scripts/servers.sh start and then eval "$(scripts/servers.sh env)"`)
+		t.Fatal("POSTGRES_URL is not set: use make test, or " +
+			`scripts/servers.sh start and then eval "$(scripts/servers.sh env)"`)
 	}
 	schema := "test_" + strings.ToLower(rand.Text()[:12])
 	db, err := openPostgres(url, 8, time.Minute, map[string]string{"search_path": schema})
@@ -28,7 +29,10 @@ func TestMigrateRefusals(t *testing.T) {
 
 	file := func(text string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(text)} }
 	const one, two = "sql/postgres/0001_one.sql", "sql/postgres/0002_two.sql"
-	applied := fstest.MapFS{one: file("CREATE TABLE one ()"), two: file("CREATE TABLE two (); INSERT INTO two DEFAULT VALUES;")}
+	applied := fstest.MapFS{
+		one: file("CREATE TABLE one ()"),
+		two: file("CREATE TABLE two (); INSERT INTO two DEFAULT VALUES;"),
+	}
 	log := slog.New(slog.DiscardHandler)
 	if err := migratePostgres(db, applied, log); err != nil {
 		t.Fatal(err)
@@ -39,8 +43,15 @@ func TestMigrateRefusals(t *testing.T) {
 	}
 	bad := file("CREATE TABLE three (); CREATE;")
 	for want, files := range map[string]fstest.MapFS{
-		"0001_one.sql was changed after it had been applied": {one: file("CREATE TABLE other ()"), two: applied[two]},
-		"0003_bad.sql: pq: syntax error":                     {one: applied[one], two: applied[two], "sql/postgres/0003_bad.sql": bad},
+		"0001_one.sql was changed after it had been applied": {
+			one: file("CREATE TABLE other ()"),
+			two: applied[two],
+		},
+		"0003_bad.sql: pq: syntax error": {
+			one:                         applied[one],
+			two:                         applied[two],
+			"sql/postgres/0003_bad.sql": bad,
+		},
 	} {
 		if err := migratePostgres(db, files, log); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("got %v, want %q", err, want)

@@ -226,7 +226,7 @@ WHERE id IN (
 func (r *relay) requeue(age time.Duration) error {
 	start := time.Now()
 	for {
-		before := age + time.Since(start) // what is published from now on is not meant
+		before := age + time.Since(start) // as long ago as at the start: the relay publishes meanwhile
 		n, err := r.db.exec(requeueEvents, before.Seconds(), requeueBatch)
 		if err != nil || n == 0 {
 			return err

@@ -33,8 +33,9 @@ type database struct {
 	prepared sync.Map // query -> *sql.Stmt
 
 	// serverID identifies what the newest connection leads to: this run of this server, and this database.
-	// A version of a good is the same content for ever only within one: after a failover that lost commits,
-	// or a restore, a version number comes again with other content.
+	// A version of a good is the same content forever only within one: after a failover that lost commits,
+	// or a restore, a version number comes again with other content. An older connection to another server
+	// can still be there only while two primaries serve: fencing forbids that.
 	serverID atomic.Value // string
 	// commitsHang says that the last COMMIT got no answer.
 	commitsHang atomic.Bool
@@ -195,10 +196,10 @@ type transaction struct {
 // after any other error nothing was written. All writes of requests are made here: outside a transaction,
 // database/sql would repeat one by itself when the connection breaks.
 //
-// A COMMIT waits for ever for a synchronous standby that is lost, also when its client has gone, and to
-// cancel it would show other clients what no standby has. So after one that got no answer, the next
-// transactions first look how many of them wait, and do not begin when they are too many: else they would
-// take all connections of the server.
+// While a synchronous standby is lost, a COMMIT waits forever, even when its client has gone. It must not
+// be cancelled: other clients would then see what no standby has. So that such commits do not take every
+// connection of the server, transactions that follow an unanswered COMMIT first count those that wait, and
+// do not begin if there are maxHangingCommits.
 func (db *database) inTx(f func(tx transaction) error) error {
 	tx, err := db.Begin()
 	if err != nil {

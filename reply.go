@@ -107,7 +107,7 @@ func (a *api) failed(w http.ResponseWriter, r *http.Request, id string, err erro
 			a.outage.report(err)
 		}
 	case errBodyTimeout, errTooLarge:
-		w.Header().Set("Connection", "close") // the rest of the body is not read
+		closeAfterReply(w)
 	}
 	return f.Status, f
 }

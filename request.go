@@ -26,6 +26,8 @@ const (
 	maxDescription = 10_000    // characters
 	maxKey         = 255       // bytes
 	bodyTimeout    = 5 * time.Second
+	// lateBodyTimeout is for the rest of a body that is not read, after the reply.
+	lateBodyTimeout = 500 * time.Millisecond
 )
 
 // input is a request that is being read. Each getter returns a value that can be used, or notes a fault.
@@ -83,10 +85,10 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	return body, control.SetReadDeadline(time.Time{})
 }
 
-// ignoreBody drops a body that nobody reads. The reply does not wait for one that has not arrived by now: the
-// connection ends with it instead.
+// ignoreBody drops a body that no handler reads. The reply does not wait for a body that is still on its
+// way: then the connection is closed after the reply.
 func ignoreBody(w http.ResponseWriter, r *http.Request) {
-	if r.ContentLength == 0 {
+	if r.Body == http.NoBody {
 		return
 	}
 	control := http.NewResponseController(w)
@@ -98,8 +100,17 @@ func ignoreBody(w http.ResponseWriter, r *http.Request) {
 		err = control.SetReadDeadline(time.Time{})
 	}
 	if err != nil {
-		w.Header().Set("Connection", "close")
+		closeAfterReply(w)
 	}
+	r.Body = http.NoBody
+}
+
+// closeAfterReply ends the connection with the reply. What still comes of the body is read for a moment
+// after it: if the connection were closed at once, it would be reset, and the client might not get the
+// reply.
+func closeAfterReply(w http.ResponseWriter) {
+	w.Header().Set("Connection", "close")
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(lateBodyTimeout))
 }
 
 // readObject splits a JSON object into its fields. encoding/json alone would take repeated keys, keys in

@@ -28,8 +28,10 @@ func (deadlineRecorder) SetReadDeadline(time.Time) error { return nil }
 
 func FuzzBody(f *testing.F) {
 	for _, seed := range []string{
-		`{"name":"x"}`, `{"name":"\ud83d\ude00 \\ud800","description":""}`, `{"name":"\ud800"}`, `{"name":"\\\uDC00"}`,
-		`{"name":"x","name":"y"}`, `{"Name":"x"}`, `{"name":null}`, `null`, `[`, `{"name":"x"} {}`, "{\"name\":\"\xff\"}", `{"name":"\u0000"}`,
+		`{"name":"x"}`, `{"name":"\ud83d\ude00 \\ud800","description":""}`, `{"name":"\ud800"}`,
+		`{"name":"\\\uDC00"}`,
+		`{"name":"x","name":"y"}`, `{"Name":"x"}`, `{"name":null}`, `null`, `[`,
+		`{"name":"x"} {}`, "{\"name\":\"\xff\"}", `{"name":"\u0000"}`,
 	} {
 		f.Add(seed)
 	}
@@ -45,7 +47,8 @@ func FuzzBody(f *testing.F) {
 		if description != nil {
 			taken["description"] = *description
 		}
-		if err != nil || !maps.Equal(taken, object) || strings.TrimSpace(*name) == "" || utf8.RuneCountInString(*name) > maxName {
+		if err != nil || !maps.Equal(taken, object) || strings.TrimSpace(*name) == "" ||
+			utf8.RuneCountInString(*name) > maxName {
 			t.Fatalf("%q: taken as %q: %v", body, taken, err)
 		}
 		for _, s := range taken {
@@ -57,7 +60,9 @@ func FuzzBody(f *testing.F) {
 }
 
 func FuzzQuery(f *testing.F) {
-	for _, seed := range []string{"id=1", "id=+1", "id=01", "id=", "id=1&id=2", "id=2147483648", "id=-1", "id=%31", "%zz"} {
+	for _, seed := range []string{"id=1", "id=+1", "id=01", "id=", "id=1&id=2", "id=2147483648", "id=-1",
+		"id=%31", "%zz",
+	} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, query string) {

@@ -1,4 +1,4 @@
--- The rights that a user of ClickHouse needs that stores and reads events but does not migrate. Run this after
+-- The rights of a user of ClickHouse that stores and reads events but does not migrate. Run this after
 -- `goods migrate clickhouse`:
 --
 --   CREATE USER goods_service IDENTIFIED BY '…';
