@@ -38,12 +38,16 @@ SELECT r.n,
             WHEN l.n IS NOT NULL THEN 'changed'
             -- As of the beginning of this statement: a good that is not there then is
             -- missing, whoever holds it.
-            WHEN EXISTS (SELECT FROM goods AS g WHERE g.id = r.id AND g.project_id = r.project_id AND NOT g.removed)
-                THEN 'locked'
+            WHEN EXISTS (
+                SELECT FROM goods AS g
+                WHERE g.id = r.id AND g.project_id = r.project_id AND NOT g.removed
+            ) THEN 'locked'
             ELSE 'missing'
        END AS outcome,
+       -- Empty, not null: the service scans them into plain fields.
        coalesce(e.id, 0), coalesce(e.project_id, 0), coalesce(e.name, ''), coalesce(e.description, ''),
-       coalesce(e.priority, 0), coalesce(e.removed, false), coalesce(e.created_at, 'epoch'), coalesce(e.version, 0)
+       coalesce(e.priority, 0), coalesce(e.removed, false), coalesce(e.created_at, 'epoch'),
+       coalesce(e.version, 0)
 FROM request AS r
 LEFT JOIN locked AS l ON l.n = r.n
 LEFT JOIN edited AS e ON e.n = r.n
