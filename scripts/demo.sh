@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Shows the API on a running service: the one of docker compose, or else the one at HTTP_ADDR, 127.0.0.1:8080 by
-# default. It needs nothing but curl.
+# Shows the API on a running service: the one of docker compose, or else the one at HTTP_ADDR,
+# 127.0.0.1:8080 by default. It needs nothing but curl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

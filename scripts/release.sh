@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # usage: scripts/release.sh TAG
 #
-# Makes in dist/ what a release has beside the image: a binary for each platform, their checksums, and the notes, which
-# are the section of the version in CHANGELOG.md. TAG is the one of the commit that is checked out, such as v1.2.3.
+# Makes in dist/ what a release has beside the image: a binary for each platform, their checksums, and the
+# notes, which are the section of the version in CHANGELOG.md. TAG is the one of the commit that is checked
+# out, such as v1.2.3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

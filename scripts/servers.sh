@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # usage: scripts/servers.sh COMMAND [ARGUMENT...]
 #
-# Runs Postgres, Redis, NATS with JetStream and ClickHouse as plain processes, without Docker: their data in one
-# folder, their ports side by side on 127.0.0.1, apart from any system-wide instance. Another folder and another
-# base port make another, independent set, for tests that break their servers.
+# Runs Postgres, Redis, NATS with JetStream and ClickHouse as plain processes, without Docker: their data in
+# one folder, their ports side by side on 127.0.0.1, apart from any system-wide instance. Another folder and
+# another base port make another, independent set, for tests that break their servers.
 #
 #   install [package...]  install these packages, or the missing servers, with apt
 #   start [server...]     start what does not run, and wait until it answers
@@ -63,8 +63,8 @@ postgres_bin() {
     dirname "$(realpath "$bin")"
 }
 
-# missing prints the packages of the servers named that are not here. It looks for the programs, so that one built or
-# placed by hand counts, and a second call asks no package manager.
+# missing prints the packages of the servers named that are not here. It looks for the programs, so that one
+# built or placed by hand counts, and a second call asks no package manager.
 missing() {
     local name
     for name; do
@@ -93,8 +93,9 @@ install() {
     fi
 }
 
-# install_as_root installs packages. A system-wide server among them must neither start now (policy-rc.d) nor at the
-# next boot (disable), and Postgres must not create its "main" cluster: this script starts servers of its own only.
+# install_as_root installs packages. A system-wide server among them must neither start now (policy-rc.d)
+# nor at the next boot (disable), and Postgres must not create its "main" cluster: this script starts
+# servers of its own only.
 install_as_root() (
     local policy=/usr/sbin/policy-rc.d cluster=/etc/postgresql-common/createcluster.d/goods.conf package made=() now=()
     trap 'rm -f "${made[@]}"' EXIT
@@ -122,16 +123,18 @@ install_as_root() (
 
 # ---- processes
 
-# pid_of prints the pid of server $1, or fails when it does not run. A pid file outlives its process, and the number
-# may belong to another by now, so the process must also have this folder among its arguments; a zombie has none.
+# pid_of prints the pid of server $1, or fails when it does not run. A pid file outlives its process, and
+# the number may belong to another by now, so the process must also have this folder among its arguments; a
+# zombie has none.
 pid_of() {
     local pid args
     read -r pid <"$dir/$1.pid" && [[ $pid =~ ^[0-9]+$ ]] && mapfile -d '' -t args <"/proc/$pid/cmdline" &&
         [[ " ${args[*]}" == *[\ =]"$dir/$1"* ]] && echo "$pid"
 } 2>/dev/null
 
-# signal sends signal $2 to every process of server $1. Postgres' children show in no argument that they are of this
-# server, and each is a session of its own, but all of them stay in the data folder. They may outlive a killed parent.
+# signal sends signal $2 to every process of server $1. Postgres' children show in no argument that they are
+# of this server, and each is a session of its own, but all of them stay in the data folder. They may
+# outlive a killed parent.
 signal() {
     local pids process
     mapfile -t pids < <(pid_of "$1")
@@ -143,8 +146,9 @@ signal() {
     ((${#pids[@]} == 0)) || kill -s "$2" "${pids[@]}" 2>/dev/null || true
 }
 
-# launch runs a command as server $1, detached from this shell, its terminal and its open files (make's and the
-# lock's), so that it outlives make and Ctrl-C. setsid and setpriv replace themselves, so $! is the server's own pid.
+# launch runs a command as server $1, detached from this shell, its terminal and its open files (make's and
+# the lock's), so that it outlives make and Ctrl-C. setsid and setpriv replace themselves, so $! is the
+# server's own pid.
 launch() {
     (
         echo "$BASHPID" >"$dir/$1.pid"
@@ -152,7 +156,8 @@ launch() {
     ) &
 }
 
-# as_postgres holds what to put before a command that has to run as user postgres: Postgres refuses to be root.
+# as_postgres holds what to put before a command that has to run as user postgres: Postgres refuses to be
+# root.
 as_postgres=()
 ((EUID != 0)) || as_postgres=(setpriv --reuid=postgres --regid=postgres --init-groups --)
 
@@ -203,8 +208,8 @@ run_standby() {
 
 run_redis() {
     mkdir -p "$dir/redis"
-    # One rare save point: SIGTERM and SHUTDOWN then save, while a benchmark is not disturbed by forks. The title
-    # stays, as this script knows its process by the arguments.
+    # One rare save point: SIGTERM and SHUTDOWN then save, while a benchmark is not disturbed by forks. The
+    # title stays, as this script knows its process by the arguments.
     launch redis "$(command -v redis-server)" --bind 127.0.0.1 --port "${ports[redis]}" --dir "$dir/redis" \
         --save "3600 1" --set-proc-title no
 }
@@ -314,8 +319,8 @@ pause_server() { signal "$1" STOP; }
 resume_server() { signal "$1" CONT; }
 kill_server() { kill -s KILL "$(pid_of "$1")"; } # its children find that out by themselves
 
-# each runs function $1 for every server named, side by side, and fails when one of them fails. It holds the server's
-# lock, so that two makes at once do not both initialise it.
+# each runs function $1 for every server named, side by side, and fails when one of them fails. It holds the
+# server's lock, so that two makes at once do not both initialise it.
 each() {
     local name pid pids=() failed=0
     for name in "${@:2}"; do
@@ -331,8 +336,8 @@ each() {
     return $failed
 }
 
-# ours tells whether this script made the folder. Under /var/tmp anyone can make one of this name first: what lies in
-# it is then not to be trusted.
+# ours tells whether this script made the folder. Under /var/tmp anyone can make one of this name first:
+# what lies in it is then not to be trusted.
 ours() {
     [[ -e $dir/.goods-servers ]] || return 1
     [[ -O $dir ]] || die "$dir belongs to $(stat -c %U "$dir"); choose another folder with SERVERS_DIR"

@@ -63,8 +63,8 @@ func launch(t *testing.T) context.Context {
 	return browser
 }
 
-// newTab opens a tab that shows nothing yet. When the test ends, the browser must have asked no other host, and
-// its console must have nothing but what is expected, such as "503".
+// newTab opens a tab that shows nothing yet. When the test ends, the browser must have asked no other host,
+// and its console must have nothing but what is expected, such as "503".
 func newTab(t *testing.T, browser context.Context, w *harness.World, expected ...string) *tab {
 	t.Helper()
 	tb := &tab{App: w.Start(t), world: w, t: t}
@@ -196,8 +196,8 @@ func eval[T any](tb *tab, expression string) T {
 	return v
 }
 
-// cpu runs a script and returns the processor time that the page's thread took meanwhile, which depends less on other
-// work on the machine than time does.
+// cpu runs a script and returns the processor time that the page's thread took meanwhile, which depends
+// less on other work on the machine than time does.
 func (tb *tab) cpu(script string) time.Duration {
 	tb.t.Helper()
 	params := performance.EnableParams{TimeDomain: performance.EnableTimeDomainThreadTicks}

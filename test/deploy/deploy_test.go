@@ -1,6 +1,6 @@
-// Package deploy checks compose.yaml and deploy/kubernetes.yaml with the types of Compose and of Kubernetes: they
-// have no unknown fields, and their parts fit together. It is a package of its own because these types take long to
-// compile.
+// Package deploy checks compose.yaml and deploy/kubernetes.yaml with the types of Compose and of
+// Kubernetes: they have no unknown fields, and their parts fit together. It is a package of its own because
+// these types take long to compile.
 package deploy
 
 import (

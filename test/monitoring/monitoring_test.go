@@ -138,8 +138,8 @@ func panelQueries(t *testing.T) (queries []expression) {
 	text := harness.File(t, "deploy/grafana.json")
 	//lint:ignore SA1019 the newer schema cannot be imported into Grafana 11 and older
 	var checked, board dashboard.Dashboard
-	// What it finds are all faults in the text, as one error that is not nil even when there are none. It leaves
-	// out panels, so the dashboard is decoded once more.
+	// What it finds are all faults in the text, as one error that is not nil even when there are none. It
+	// leaves out panels, so the dashboard is decoded once more.
 	if err := checked.UnmarshalJSONStrict(text); err != nil && err.Error() != "" {
 		t.Fatal(err)
 	}
