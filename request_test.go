@@ -47,7 +47,7 @@ func FuzzBody(f *testing.F) {
 		if description != nil {
 			taken["description"] = *description
 		}
-		if err != nil || !maps.Equal(taken, object) || strings.TrimSpace(*name) == "" ||
+		if err != nil || !maps.Equal(taken, object) || blank(*name) ||
 			utf8.RuneCountInString(*name) > maxName {
 			t.Fatalf("%q: taken as %q: %v", body, taken, err)
 		}
@@ -61,7 +61,7 @@ func FuzzBody(f *testing.F) {
 
 func FuzzQuery(f *testing.F) {
 	for _, seed := range []string{"id=1", "id=+1", "id=01", "id=", "id=1&id=2", "id=2147483648", "id=-1",
-		"id=%31", "%zz",
+		"id=%31", "id=1&page=2", "%zz",
 	} {
 		f.Add(seed)
 	}
@@ -69,7 +69,9 @@ func FuzzQuery(f *testing.F) {
 		_, _, in := read(query, `{"name":"x"}`)
 		values, err := url.ParseQuery(query)
 		want := false
-		if ids := values["id"]; err == nil && len(ids) == 1 && strings.Trim(ids[0], "0123456789") == "" {
+		ids := values["id"]
+		// One id in digits, and no other parameter.
+		if err == nil && len(values) == 1 && len(ids) == 1 && strings.Trim(ids[0], "0123456789") == "" {
 			n, err := strconv.ParseInt(ids[0], 10, 32)
 			want = err == nil && n > 0
 		}
