@@ -70,7 +70,7 @@ run: ## start the servers, build and run the service on 127.0.0.1:8080; Ctrl-C e
 	fi; \
 	$(servers) $(gobuild); \
 	address=$${HTTP_ADDR:-127.0.0.1:8080}; address=$${address/#:/localhost:}; \
-	if ./goods healthcheck 2>/dev/null; then echo "a service answers at http://$$address already" >&2; exit 1; fi; \
+	if ./goods healthcheck 2>/dev/null; then echo "a service answers at http://$$address already; for another: HTTP_ADDR=127.0.0.1:8081 make run" >&2; exit 1; fi; \
 	( ( until ./goods healthcheck; do kill -0 $$$$ || exit; sleep 0.2; done 2>/dev/null; $(hello) ) & ); \
 	exec ./goods
 

@@ -239,6 +239,7 @@ func usage(w io.Writer) {
   goods migrate clickhouse   apply the migrations of ClickHouse, and end
   goods healthcheck          succeed if the service on HTTP_ADDR is up
   goods version              print the version
+  goods help                 print this
 
 Environment variables, with their defaults:
 

@@ -19,7 +19,12 @@ type failure struct {
 	Details map[string]string `json:"details"` // by field: what is wrong with it
 }
 
-func (f *failure) Error() string { return fmt.Sprint(f.Message, " ", f.Details) }
+func (f *failure) Error() string {
+	if len(f.Details) == 0 {
+		return f.Message
+	}
+	return fmt.Sprint(f.Message, " ", f.Details)
+}
 
 var noDetails = map[string]string{}
 
