@@ -9,9 +9,9 @@ import (
 )
 
 const (
-	// maxSpan limits how far one move goes, which is how many goods it renumbers besides the moved one.
-	// Creates and other moves wait meanwhile, and all of it has to end within statementTimeout: 10,000 take
-	// a quarter of a second on two quiet cores, and 1.5 seconds with ten other processes on them.
+	// maxSpan limits how far one move goes, which is how many goods it renumbers besides the moved one. Creates
+	// and other moves wait meanwhile, and all of it has to end within statementTimeout: 10,000 take a quarter of
+	// a second on two quiet cores, so a machine may be ten times slower.
 	maxSpan = 10_000
 	// Creates wait for a batch of moves, too. So it is smaller than others, and ends when it has renumbered
 	// maxBatchSpan goods: the rest of its moves waits for the next.
