@@ -124,23 +124,27 @@ func fetch(queue jetstream.Consumer) ([]jetstream.Msg, error) {
 	if err != nil {
 		return nil, err
 	}
-	messages := collect(batch)
-	if len(messages) > 0 || batch.Error() != nil {
-		return messages, batch.Error()
+	messages, err := collect(batch)
+	if err != nil || len(messages) > 0 {
+		return messages, err
 	}
 	batch, err = queue.Fetch(1, jetstream.FetchMaxWait(natsTimeout))
 	if err != nil {
 		return nil, err
 	}
-	messages = collect(batch)
-	return messages, batch.Error()
+	return collect(batch)
 }
 
-func collect(batch jetstream.MessageBatch) (messages []jetstream.Msg) {
+// collect returns all messages of a batch, or its error.
+func collect(batch jetstream.MessageBatch) ([]jetstream.Msg, error) {
+	var messages []jetstream.Msg
 	for m := range batch.Messages() {
 		messages = append(messages, m)
 	}
-	return messages
+	if err := batch.Error(); err != nil {
+		return nil, err
+	}
+	return messages, nil
 }
 
 // delivery is a message with its events.

@@ -60,7 +60,8 @@ func TestBuildVersion(t *testing.T) {
 	run("git", "commit", "--quiet", "--all", "--message=second")
 	second := run("git", "rev-parse", "HEAD")
 	run("go", "build", "-o", "goods")
-	if got := run("./goods"); !strings.HasPrefix(got, "v1.2.4-0.") || !strings.HasSuffix(got, second[:12]+" "+second) {
+	got := run("./goods")
+	if !strings.HasPrefix(got, "v1.2.4-0.") || !strings.HasSuffix(got, second[:12]+" "+second) {
 		t.Errorf("without a tag: got %q, want a pseudo-version after v1.2.3 of %s", got, second)
 	}
 }

@@ -35,7 +35,8 @@ await() {
     local deadline=$((SECONDS + 20))
     until reply=$(curl -sS --max-time 10 "$address/goods/history?id=$1&projectId=1&limit=1") || die "no answer"
         [[ $reply == *"\"total\":$2,"* ]]; do
-        ((SECONDS < deadline)) || die "the history of good $1 should have $2 versions by now (see $address/readyz): $reply"
+        ((SECONDS < deadline)) ||
+            die "the history of good $1 should have $2 versions by now (see $address/readyz): $reply"
         sleep 0.2
     done
 }
@@ -60,7 +61,8 @@ hammer=$(field id) first=$(field priority)
 call -d '{"name":"Saw","description":"for wood"}' '/goods/create?projectId=1'
 saw=$(field id)
 
-step "With an Idempotency-Key a create can be retried: the second call creates nothing, and gets 200 and the same good."
+step "With an Idempotency-Key a create can be retried:" \
+    "the second call creates nothing, and gets 200 and the same good."
 for key in "demo-$hammer"{,}; do
     call -w '%{http_code}\n' -H "Idempotency-Key: $key" -d '{"name":"Drill"}' '/goods/create?projectId=1'
 done
@@ -74,7 +76,8 @@ call -i "/goods/get?id=$hammer&projectId=1"
 [[ $reply =~ [Ee][Tt]ag:\ *(\"[0-9]+\") ]] || die "there is no ETag"
 etag=${BASH_REMATCH[1]}
 
-step "With If-Match the hammer is updated only if it still has that version. The second client is told that it has not."
+step "With If-Match the hammer is updated only if it still has that version." \
+    "The second client is told that it has not."
 call -X PATCH -H "If-Match: $etag" -d '{"name":"Claw hammer","description":"500 g"}' \
     "/goods/update?id=$hammer&projectId=1"
 call -X PATCH -H "If-Match: $etag" -d '{"name":"Mallet"}' "/goods/update?id=$hammer&projectId=1"

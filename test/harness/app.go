@@ -259,5 +259,6 @@ func (a *App) Stock(t testing.TB, n int) {
 // List lists one page.
 func (a *App) List(t testing.TB, limit, offset int) ListReply {
 	t.Helper()
-	return Want[ListReply](t, a, http.StatusOK, "GET", fmt.Sprintf("/goods/list?limit=%d&offset=%d", limit, offset), "")
+	path := fmt.Sprintf("/goods/list?limit=%d&offset=%d", limit, offset)
+	return Want[ListReply](t, a, http.StatusOK, "GET", path, "")
 }

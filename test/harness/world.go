@@ -41,7 +41,8 @@ var program string
 func Main(m *testing.M) {
 	for _, name := range serverVariables {
 		if os.Getenv(name) == "" {
-			log.Fatalf(`%s is not set: use make test, or scripts/servers.sh start and then eval "$(scripts/servers.sh env)"`, name)
+			log.Fatalf("%s is not set: use make test, or "+
+				`scripts/servers.sh start and then eval "$(scripts/servers.sh env)"`, name)
 		}
 	}
 	dir, err := os.MkdirTemp("", "goods-test-")
