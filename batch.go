@@ -19,9 +19,9 @@ import (
 //
 //   - Who joins: a call joins only a batch that has not begun, so a read sees every write that was answered
 //     before the read was sent. No two calls of a batch share a conflictKey.
-//   - Who waits: every caller, for requestTimeout at most. A batch does not wait for a good that another
-//     transaction has locked: it leaves the call out. The next batch tries again; if it leaves the call out,
-//     too, the call is retried alone, and may wait. loneRequests such calls run at a time.
+//   - Who waits: every caller, for requestTimeout at most. No batch waits for a good that another
+//     transaction has locked: a call that needs it is left out, once more in the next batch, and is then
+//     retried alone, where it may wait. At most loneRequests retries run at a time.
 //   - What is retried: a call that its batch left out (errRetryAlone), and every call of a batch that failed,
 //     alone and once. So a failure stays with its own call, and a pooled connection that died while it was
 //     idle fails no call at all.
@@ -91,9 +91,10 @@ func newBatcher[Q batchable, A any](name string, limit int, run func([]Q, []resu
 	}
 }
 
-// do answers a request, or fails when ctx ends or after requestTimeout. A request that has not begun by
-// then never will; one that has begun is finished, and nobody gets its result. Its own errors wrap
-// context.Canceled or context.DeadlineExceeded, and the failure that the request was being retried for.
+// do answers a request, or fails when ctx ends or after requestTimeout. A request that no batch has taken
+// by then is never run; one that was taken is finished, and nobody gets its result. The error of a caller
+// that has not waited to the end wraps context.Canceled or context.DeadlineExceeded, and the failure for
+// which the request was to be retried, if any.
 func (b *batcher[Q, A]) do(ctx context.Context, request Q) (answer A, err error) {
 	c := &call[Q, A]{ctx: ctx, request: request, answer: make(chan result[A], 1)}
 	b.join(c)
@@ -161,10 +162,17 @@ func (b *batcher[Q, A]) runAll() {
 			}
 		}
 		if n := len(batch) - len(postponed); n > 0 {
-			b.sizes.observe(float64(n)) // of the calls that it ran
+			b.sizes.observe(float64(n)) // without those that wait for the next
 		}
 		b.postpone(postponed)
 	}
+}
+
+// busy reports whether a call waits, or a batch runs.
+func (b *batcher[Q, A]) busy() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.running
 }
 
 // next takes a batch out of the calls that wait. If none does, the batch is empty, and b runs no batches
@@ -180,7 +188,7 @@ func (b *batcher[Q, A]) next() []*call[Q, A] {
 			continue
 		}
 		key := c.request.conflictKey()
-		if len(batch) == b.limit || taken[key] {
+		if len(batch) == b.limit || key != nil && taken[key] {
 			left = append(left, c)
 			continue
 		}

@@ -9,14 +9,14 @@ import (
 )
 
 const (
-	// maxSpan limits how far one move goes, which is how many goods it renumbers besides the moved one. Creates
-	// and other moves wait meanwhile, and all of it has to end within statementTimeout: 10,000 take a quarter of
-	// a second on two quiet cores, so a machine may be ten times slower.
+	// maxSpan is how many positions one move may go: it renumbers as many goods, and the moved one. Creates
+	// and other moves wait meanwhile, and all of it has to end within statementTimeout: 10,000 take a
+	// quarter of a second on two quiet cores, so a machine may be ten times slower.
 	maxSpan = 10_000
-	// Creates wait for a batch of moves, too. So it is smaller than others, and ends when it has renumbered
-	// maxBatchSpan goods: the rest of its moves waits for the next.
-	moveBatchLimit = 16
-	maxBatchSpan   = 300
+	// A batch of moves ends when its next move would make it renumber more goods than this: the rest is for
+	// the next batch. Creates wait for the batch, too, so while this replica has some, it is a small one.
+	maxBatchSpan        = 300
+	maxBatchSpanCreates = 8
 )
 
 // position says where a good is in the list.
@@ -42,11 +42,11 @@ func (s *service) Move(ctx context.Context, q moveRequest) ([]position, error) {
 }
 
 const (
-	moveGoods = `
+	moveGoodsSQL = `
 SELECT n, outcome, first_position, keys
 FROM move_goods($1, $2, $3, $4)`
 
-	lockRange = `
+	lockRangeSQL = `
 SELECT lock_range($1, $2, $3, $4)`
 )
 
@@ -56,14 +56,22 @@ SELECT lock_range($1, $2, $3, $4)`
 func (s *service) moveGoods(requests []moveRequest, results []result[[]position], alone bool) error {
 	if alone {
 		q := requests[0]
-		if err := s.db.query(lockRange, []any{q.ID, q.ProjectID, q.Priority, maxSpan}, ignoreRow); err != nil {
+		args := []any{q.ID, q.ProjectID, q.Priority, maxSpan}
+		if err := s.db.query(lockRangeSQL, args, ignoreRow); err != nil {
 			return fmt.Errorf("wait for goods: %w", err)
 		}
 	}
+	batchSpan := maxBatchSpan
+	if s.creates.busy() {
+		batchSpan = maxBatchSpanCreates
+	}
+	for i := range results {
+		results[i].err = errNextBatch // unless there is a row for it
+	}
 	var replaced []key
 	err := s.db.inTx(func(tx transaction) error {
-		args := []any{string(encodeJSON(requests)), maxSpan, maxBatchSpan, alone}
-		return tx.query(moveGoods, args, func(rows *sql.Rows) error {
+		args := []any{string(encodeJSON(requests)), maxSpan, batchSpan, alone}
+		return tx.query(moveGoodsSQL, args, func(rows *sql.Rows) error {
 			var n int
 			var outcome string
 			var first sql.Null[int32]
@@ -72,6 +80,7 @@ func (s *service) moveGoods(requests []moveRequest, results []result[[]position]
 				return err
 			}
 			r := &results[n-1]
+			r.err = nil // it was run
 			switch outcome {
 			case "moved":
 				r.answer = positions(first.V, keys)
@@ -86,10 +95,8 @@ func (s *service) moveGoods(requests []moveRequest, results []result[[]position]
 				r.err = errGoodChanged
 			case "too long":
 				r.err = tooLong(first.V)
-			case "postponed":
-				r.err = errNextBatch
 			default:
-				r.err = lockedOrRetry(alone)
+				r.err = errRetryAlone
 			}
 			return nil
 		})
@@ -98,7 +105,8 @@ func (s *service) moveGoods(requests []moveRequest, results []result[[]position]
 		return fmt.Errorf("move goods: %w", err)
 	}
 	s.wakeRelay()
-	s.cache.drop(s.db.id(), replaced) // under another server's id it deletes nothing
+	// After a failover these may be current versions of the new server: they are read again.
+	s.cache.drop(s.db.id(), replaced)
 	return nil
 }
 

@@ -29,10 +29,12 @@ $$;
 --   changed    the good no longer has the version that the request names
 --   too long   the move would renumber more than max_span goods besides this
 --              one, which is at first_position
---   locked     another transaction holds a good that would be renumbered; if this
---              one is to wait, it waits for them instead
---   postponed  the moves before it have renumbered so many goods that max_batch
---              would be exceeded: it has not begun
+--   locked     another transaction holds a good that would be renumbered; with
+--              wait, the move waits for those goods first
+--
+-- It ends before the first move with which it would renumber more than max_batch
+-- goods: this one and the rest get no row, and have not begun. The first of all
+-- is always done.
 CREATE FUNCTION move_goods(requests json, max_span integer, max_batch integer, wait boolean)
     RETURNS TABLE (n bigint, outcome text, first_position integer, keys bigint[])
     LANGUAGE plpgsql AS
@@ -82,7 +84,7 @@ BEGIN
             outcome := 'too long';
             first_position := found_good.priority;
         ELSIF renumbered > 0 AND renumbered + high - low + 1 > max_batch THEN
-            outcome := 'postponed';
+            RETURN;
         ELSE
             step := CASE WHEN target = low THEN 1 ELSE -1 END;
             -- All goods of the range, or none. The moved one must still be what was
