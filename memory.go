@@ -24,30 +24,20 @@ const (
 
 // memory is an amount of memory that replies share. All methods may be called concurrently.
 type memory struct {
-	// used has an element for each unit in use. turn is held by the one caller that is taking units: two
-	// that each have a part would wait for each other forever. first is held as well by a caller that has
-	// not waited before: only one such caller competes for turn, so a caller that comes again waits for at
-	// most one of them.
-	first, turn, used chan struct{}
+	used chan struct{} // has an element for each unit in use
+	turn chan struct{} // is held by the one caller that takes units: two with a part each would wait forever
 }
 
 func newMemory(bytes int) *memory {
 	return &memory{
-		first: make(chan struct{}, 1),
-		turn:  make(chan struct{}, 1),
-		used:  make(chan struct{}, bytes/memoryUnit),
+		used: make(chan struct{}, bytes/memoryUnit),
+		turn: make(chan struct{}, 1),
 	}
 }
 
-// reserve waits for so many bytes, in the order of the calls; with again, before those that have not waited
-// yet. It fails with errNoMemory when ctx ends. The caller must call release when it no longer needs them.
-func (m *memory) reserve(ctx context.Context, bytes int, again bool) (release func(), err error) {
-	if !again {
-		if err := enter(ctx, m.first); err != nil {
-			return nil, err
-		}
-		defer func() { <-m.first }()
-	}
+// reserve waits for so many bytes, in the order of the calls. It fails with errNoMemory when ctx ends. The
+// caller must call release when it no longer needs them.
+func (m *memory) reserve(ctx context.Context, bytes int) (release func(), err error) {
 	if err := enter(ctx, m.turn); err != nil {
 		return nil, err
 	}
@@ -81,8 +71,8 @@ func (m *memory) free(units int) {
 // replyMemory is the memory of all replies.
 type replyMemory struct {
 	medium, large *memory
-	// A caller that leaves gives its memory back at once, but what it has asked for is finished. Each of
-	// these is held while a large reply is built, so there is one such list and one such history at most.
+	// A batcher finishes a reply even when its caller has left and has given back the memory for it. So each
+	// of these is held while a large reply is built: there is one such list and one such history at most.
 	buildingList, buildingHistory *sync.Mutex
 }
 
@@ -96,18 +86,18 @@ func newReplyMemory() replyMemory {
 }
 
 // reserve is memory.reserve, for a reply of so many bytes.
-func (m replyMemory) reserve(ctx context.Context, bytes int, again bool) (release func(), err error) {
+func (m replyMemory) reserve(ctx context.Context, bytes int) (release func(), err error) {
 	switch {
 	case bytes <= freeReply:
 		return func() {}, nil
 	case bytes <= mediumReply:
-		return m.medium.reserve(ctx, bytes, again)
+		return m.medium.reserve(ctx, bytes)
 	default:
-		return m.large.reserve(ctx, bytes, again)
+		return m.large.reserve(ctx, bytes)
 	}
 }
 
-// errReplyTooLarge is the error of a reply that has more bytes than it may have: so many.
+// errReplyTooLarge is the error of a reply that would be larger than allowed. Its value is the size in bytes.
 type errReplyTooLarge int
 
 // withEscapes adds an eighth, for the escapes of JSON, which an estimate does not count.
@@ -119,35 +109,38 @@ func (e errReplyTooLarge) Error() string { return fmt.Sprintf("the reply has %d 
 // memory for it.
 type builder func(ctx context.Context, maxBytes int, reserved bool) ([]byte, error)
 
-// build returns a reply. One that is not small has its memory reserved: if that has to wait, the reply is
-// built anew afterwards rather than held meanwhile. All of it ends within requestTimeout. The caller must
-// call release when the reply has been sent; after an error, there is nothing to release.
+// build returns a reply. One that is not small has its memory reserved. While that has to wait, no reply is
+// held: it is built anew afterwards. All of it ends within requestTimeout. The caller must call release when
+// the reply has been sent; after an error, there is nothing to release.
 func (m replyMemory) build(ctx context.Context, build builder) (reply []byte, release func(), err error) {
 	deadline := time.Now().Add(requestTimeout)
 	reply, err = build(ctx, smallReply, false)
-	need := smallReply
-	tooLarge, ok := errors.AsType[errReplyTooLarge](err)
-	switch {
-	case ok:
-		need = tooLarge.withEscapes()
-	case err != nil:
-		return nil, nil, err
-	case len(reply) <= freeReply:
-		return reply, func() {}, nil
-	default:
-		moment, cancel := context.WithTimeout(ctx, reserveTimeout)
-		release, err = m.reserve(moment, len(reply), false)
-		cancel()
-		if err == nil {
-			return reply, release, nil
-		}
-		reply = nil // it is built anew when there is memory
+	if tooLarge, ok := errors.AsType[errReplyTooLarge](err); ok {
+		return m.buildReserved(ctx, deadline, tooLarge.withEscapes(), build)
 	}
+	if err != nil {
+		return nil, nil, err
+	}
+	if len(reply) <= freeReply {
+		return reply, func() {}, nil
+	}
+	moment, cancel := context.WithTimeout(ctx, reserveTimeout)
+	release, err = m.reserve(moment, len(reply))
+	cancel()
+	if err != nil { // the reply is dropped here
+		return m.buildReserved(ctx, deadline, smallReply, build)
+	}
+	return reply, release, nil
+}
+
+// buildReserved reserves need bytes, and builds the reply then. Where the reply turns out to be larger, it
+// does both again.
+func (m replyMemory) buildReserved(ctx context.Context, deadline time.Time, need int, build builder) (
+	reply []byte, release func(), err error) {
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
-	again := false
 	for {
-		release, err = m.reserve(ctx, need, again)
+		release, err = m.reserve(ctx, need)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -161,6 +154,5 @@ func (m replyMemory) build(ctx context.Context, build builder) (reply []byte, re
 			return nil, nil, err
 		}
 		need = tooLarge.withEscapes()
-		again = true
 	}
 }

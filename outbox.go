@@ -14,14 +14,12 @@ import (
 )
 
 const (
-	relayClaim   = 500                    // rows claimed at a time, or one message if that has more
-	relayPoll    = time.Second            // between two looks at the outbox, at most; a write comes earlier
+	relayClaim   = 500                    // rows claimed at a time; EVENTS_BATCH, if that is more
+	relayPoll    = time.Second            // between two looks at the outbox, at most; a write causes one
 	relayDelay   = 100 * time.Millisecond // after a write, so that other events get into the same message
 	requeueBatch = 10_000                 // rows of one statement
 
 	sampleInterval = 2 * time.Second
-	// fullSampleInterval is how often the whole outbox is looked at: see outboxSampler.
-	fullSampleInterval = time.Minute
 )
 
 // relay publishes the events of the outbox. Any number of replicas may do so at once: each claims other
@@ -99,9 +97,9 @@ func (r *relay) prepareStream() error {
 }
 
 //go:embed sql/queries/claim_events.sql
-var claimEvents string
+var claimEventsSQL string
 
-const markPublished = `
+const markPublishedSQL = `
 UPDATE outbox
 SET published_at = clock_timestamp()
 WHERE id = ANY ($1)`
@@ -124,7 +122,7 @@ func (r *relay) publish() (more bool, err error) {
 	var publishErr error // is reported after the commit of what was acknowledged
 	err = r.db.inTx(func(tx transaction) error {
 		var events []claimedEvent
-		err := tx.query(claimEvents, []any{limit}, func(rows *sql.Rows) error {
+		err := tx.query(claimEventsSQL, []any{limit}, func(rows *sql.Rows) error {
 			var e claimedEvent
 			if err := rows.Scan(&e.id, &e.json, &e.due); err != nil {
 				return err
@@ -140,7 +138,7 @@ func (r *relay) publish() (more bool, err error) {
 		published, publishErr = r.publishAll(pack(events, r.batch, r.stream.maxMessage()))
 		if len(published) > 0 {
 			r.metrics.published.Add(int64(len(published)))
-			if err := tx.query(markPublished, []any{published}, ignoreRow); err != nil {
+			if err := tx.query(markPublishedSQL, []any{published}, ignoreRow); err != nil {
 				return err
 			}
 		}
@@ -181,7 +179,8 @@ func pack(events []claimedEvent, batch, maxBytes int) [][]claimedEvent {
 // last one.
 func (r *relay) publishAll(messages [][]claimedEvent) (published pq.Int64Array, err error) {
 	acks := make([]jetstream.PubAckFuture, len(messages))
-	ours := jetstream.WithExpectStream(r.stream.name()) // another one that has our subject must not swallow them
+	// Another stream that has our subject must not swallow the events.
+	ours := jetstream.WithExpectStream(r.stream.name())
 	for i, events := range messages {
 		var texts [][]byte
 		for _, e := range events {
@@ -212,7 +211,7 @@ func (r *relay) publishAll(messages [][]claimedEvent) (published pq.Int64Array, 
 }
 
 // A published_at in the future was written before the clock was set back.
-const requeueEvents = `
+const requeueEventsSQL = `
 UPDATE outbox
 SET published_at = NULL
 WHERE id IN (
@@ -226,8 +225,8 @@ WHERE id IN (
 func (r *relay) requeue(age time.Duration) error {
 	start := time.Now()
 	for {
-		before := age + time.Since(start) // as long ago as at the start: the relay publishes meanwhile
-		n, err := r.db.exec(requeueEvents, before.Seconds(), requeueBatch)
+		before := age + time.Since(start) // the same moment in every round: the relay publishes meanwhile
+		n, err := r.db.exec(requeueEventsSQL, before.Seconds(), requeueBatch)
 		if err != nil || n == 0 {
 			return err
 		}
@@ -238,46 +237,20 @@ func (r *relay) requeue(age time.Duration) error {
 }
 
 //go:embed sql/queries/sample_outbox.sql
-var sampleOutbox string
+var sampleOutboxSQL string
 
-// outboxSampler tells the metrics how much waits in the outbox. Where a long transaction keeps dead rows
-// from being vacuumed, it takes long to find the first row after them: so it looks from where it found that
-// row before, and only once a fullSampleInterval from the beginning, for rows that were committed late.
-type outboxSampler struct {
-	db      *database
-	metrics *metrics
-
-	lowest   int64     // id, when there was a row
-	lastFull time.Time // sample
-}
-
-// run samples forever.
-func (s *outboxSampler) run() {
+// sample tells the metrics how much waits in the outbox, forever.
+func (r *relay) sample() {
 	for {
-		if err := s.sample(); err == nil {
-			s.metrics.outboxSampled.Store(time.Now().UnixMilli())
+		var count, ageMillis int64 // stay 0 when the outbox is empty
+		err := r.db.query(sampleOutboxSQL, nil, func(rows *sql.Rows) error {
+			return rows.Scan(&count, &ageMillis)
+		})
+		if err == nil {
+			r.metrics.outboxRows.Store(count)
+			r.metrics.outboxAgeMillis.Store(ageMillis)
+			r.metrics.outboxSampled.Store(time.Now().UnixMilli())
 		}
 		time.Sleep(sampleInterval)
 	}
-}
-
-func (s *outboxSampler) sample() error {
-	from := s.lowest
-	full := time.Since(s.lastFull) >= fullSampleInterval
-	if full {
-		from = 0
-	}
-	var count, ageMillis int64 // of no rows
-	err := s.db.query(sampleOutbox, []any{from}, func(rows *sql.Rows) error {
-		return rows.Scan(&s.lowest, &count, &ageMillis)
-	})
-	if err != nil {
-		return err
-	}
-	s.metrics.outboxRows.Store(count)
-	s.metrics.outboxAgeMillis.Store(ageMillis)
-	if full {
-		s.lastFull = time.Now()
-	}
-	return nil
 }

@@ -1,8 +1,6 @@
--- The lowest id in the outbox from $1 on, how many events wait, and for how many
--- milliseconds the oldest; nothing if none waits. The ids span as many rows as
--- there are, or a few more: to count them would take too long just when there
--- are many.
-SELECT first.id,
-       (SELECT max(id) FROM outbox WHERE id >= first.id) - first.id + 1,
+-- How many events wait, and for how many milliseconds the oldest; nothing if none
+-- waits. Their ids span as many rows as there are, or a few more: to count them
+-- would take too long just when there are many.
+SELECT (SELECT max(id) FROM outbox) - first.id + 1,
        (greatest(extract(epoch FROM clock_timestamp() - first.event_time), 0) * 1000)::bigint
-FROM (SELECT id, event_time FROM outbox WHERE id >= $1 ORDER BY id LIMIT 1) AS first
+FROM (SELECT id, event_time FROM outbox ORDER BY id LIMIT 1) AS first
