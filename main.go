@@ -18,11 +18,12 @@ import (
 )
 
 const (
-	// statementTimeout is for what a request does in Postgres. The connection allows an eighth more, which
-	// is still less than requestTimeout.
+	// statementTimeout ends what a request does in Postgres. The connection gives up an eighth later (see
+	// openPostgres), still before the caller does: 9/8 of 7/8 is less than all of requestTimeout.
 	statementTimeout = requestTimeout * 7 / 8
 	startTimeout     = time.Minute // for Postgres to answer at the start
-	// eventConns are for the relay, which prepares statements on a second one, the consumer, and the sampler.
+	// eventConns are two for the relay, whose open transaction cannot prepare a statement for all, and one
+	// each for the consumer and the sampler.
 	eventConns = 4
 )
 
@@ -79,7 +80,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	return nil
 }
 
-// untilEnd runs f, but does not wait for it any longer when ctx ends. The process has to end then.
+// untilEnd runs f until it is done or ctx ends. In the second case f still runs: the process has to end.
 func untilEnd(ctx context.Context, f func() error) error {
 	done := make(chan error, 1)
 	go func() { done <- f() }()
@@ -110,17 +111,22 @@ func healthcheck(addr string) error {
 
 // preparePostgres waits for the server and applies its migrations.
 func preparePostgres(ctx context.Context, cfg *config, log *slog.Logger) error {
+	probe, err := openPostgres(cfg.postgres, 1, statementTimeout, nil)
+	if err != nil {
+		return err
+	}
+	defer probe.Close()
+	if err := awaitPostgres(ctx, probe, startTimeout, log); err != nil {
+		return fmt.Errorf("POSTGRES_URL: %w", err)
+	}
+	if err := checkEncoding(probe); err != nil {
+		return fmt.Errorf("POSTGRES_URL: %w", err)
+	}
 	db, err := openPostgres(cfg.postgres, 1, time.Hour, nil) // a migration may take its time
 	if err != nil {
 		return err
 	}
 	defer db.Close()
-	if err := awaitPostgres(ctx, db, startTimeout, log); err != nil {
-		return fmt.Errorf("POSTGRES_URL: %w", err)
-	}
-	if err := checkEncoding(db); err != nil {
-		return fmt.Errorf("POSTGRES_URL: %w", err)
-	}
 	return migratePostgres(db, migrations, log)
 }
 
@@ -169,7 +175,6 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		log:     log,
 		metrics: metrics,
 	}
-	sampler := &outboxSampler{db: outboxDB, metrics: metrics}
 	health := newHealth(log, map[string]func(context.Context) error{
 		"postgres":   db.pingPostgres,
 		"redis":      cache.ping,
@@ -180,7 +185,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 
 	go relay.run()
 	go consumer.run()
-	go sampler.run()
+	go relay.sample()
 	health.watch()
 	version, revision := buildVersion()
 	log.Info("listening", "addr", listener.Addr().String(), "version", version, "revision", revision)
