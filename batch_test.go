@@ -102,7 +102,8 @@ func TestBatchAnswersInTime(t *testing.T) {
 		}
 		for range 3 { // the first runs, the others wait
 			if e := <-done; !errors.Is(e.err, context.DeadlineExceeded) || e.took != requestTimeout {
-				t.Errorf("call %d: got %v after %v, want an error after %v", e.n, e.err, e.took, requestTimeout)
+				t.Errorf("call %d: got %v after %v, want an error after %v",
+					e.n, e.err, e.took, requestTimeout)
 			}
 		}
 		close(release)
@@ -130,8 +131,12 @@ func TestBatchFailures(t *testing.T) {
 			}
 			return nil
 		}, map[int]error{3: bad}, 1 + 1 + 3},
-		"an unknown outcome is not tried again": {func([]ask) error { return errOutcomeUnknown }, unknown, 1 + 1},
-		"a panic is an unknown outcome":         {func([]ask) error { panic("unforeseen") }, unknown, 1 + 1},
+		"an unknown outcome is not tried again": {func([]ask) error {
+			return errOutcomeUnknown
+		}, unknown, 1 + 1},
+		"a panic is an unknown outcome": {func([]ask) error {
+			panic("unforeseen")
+		}, unknown, 1 + 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -16,7 +16,7 @@ const (
 	cacheTTL     = time.Minute            // a good is kept for so long, in Redis and in the process
 	cacheTimeout = 200 * time.Millisecond // for each step of an exchange with Redis
 	cachePause   = time.Second            // Redis is left alone for so long after a failure
-	cacheChunk   = 100                    // keys of one MGET: one reply of 1,000 large goods would take too long
+	cacheChunk   = 100                    // keys of one MGET: 1,000 large goods in one take too long
 	cacheFormat  = 1                      // of the JSON of a good: another format gets other keys
 
 	cacheWriters   = 4  // goroutines that write to Redis
@@ -34,14 +34,14 @@ type key = int64
 
 func newKey(id, version int32) key { return int64(id)<<32 | int64(version) }
 
-// cache keeps versions of goods, as the JSON that a list sends: the last of them in the process itself,
-// which answers a seventh more hot lists than Redis alone, and all in Redis, for all replicas. Errors of
+// cache keeps versions of goods, as the JSON that a list sends: all in Redis, for all replicas, and the small
+// ones that came last in the process as well, which then answers a seventh more hot lists a second. Errors of
 // Redis count as misses, and open a circuit breaker. All methods may be called concurrently.
 type cache struct {
 	pool      *redis.Pool
 	namespace string
 	metrics   *metrics
-	writes    chan redisWrite // in the background
+	writes    chan redisCommands // in the background
 	breaker   breaker
 
 	mu       sync.Mutex // guards what follows
@@ -56,14 +56,14 @@ type localGood struct {
 	json []byte
 }
 
-// redisWrite is commands of one kind for Redis, each with its arguments.
-type redisWrite struct {
+// redisCommands is commands of one kind for Redis, each with its arguments.
+type redisCommands struct {
 	command string
 	args    [][]any
 }
 
 func newCache(url, namespace string, metrics *metrics) *cache {
-	c := &cache{namespace: namespace, metrics: metrics, writes: make(chan redisWrite, cacheMaxWrites)}
+	c := &cache{namespace: namespace, metrics: metrics, writes: make(chan redisCommands, cacheMaxWrites)}
 	c.pool = &redis.Pool{
 		MaxActive:   cacheConns,
 		MaxIdle:     cacheConns,
@@ -144,8 +144,8 @@ func (c *cache) getLocal(serverID string, keys []key) [][]byte {
 	goods := make([][]byte, len(keys))
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	// Emptied every minute as a whole, as Redis forgets each good after one: entries need no time of their
-	// own.
+	// Emptied as a whole, every cacheTTL: Redis forgets each good after as long. So entries need no time of
+	// their own.
 	if c.serverID != serverID || time.Since(c.emptied) > cacheTTL {
 		clear(c.local[:])
 		c.serverID = serverID
@@ -226,8 +226,8 @@ func (c *cache) put(serverID string, keys []key, goods [][]byte) {
 	c.runLater("SET", commands)
 }
 
-// drop deletes goods from Redis in the background. No list asks for them any more: it only frees memory
-// early.
+// drop deletes goods from Redis in the background. No list asks for them any more: it frees memory before
+// their cacheTTL ends.
 func (c *cache) drop(serverID string, keys []key) {
 	var commands [][]any
 	for _, k := range keys {
@@ -256,7 +256,7 @@ func (c *cache) redisKey(serverID string, k key) string {
 func (c *cache) ping(context.Context) error {
 	first := fmt.Sprintf("%s:%d:ping1", c.namespace, cacheFormat)
 	second := fmt.Sprintf("%s:%d:ping2", c.namespace, cacheFormat)
-	for _, w := range []redisWrite{
+	for _, w := range []redisCommands{
 		{"SET", [][]any{{first, "", "EX", 1}}},
 		{"MGET", [][]any{{first, second}}}, // a cluster refuses keys of two slots
 		{"UNLINK", [][]any{{first}}},
@@ -275,7 +275,7 @@ func (c *cache) runLater(command string, args [][]any) {
 		return
 	}
 	select {
-	case c.writes <- redisWrite{command: command, args: args}:
+	case c.writes <- redisCommands{command: command, args: args}:
 	default:
 	}
 }

@@ -54,8 +54,8 @@ func (l *eventLog) ping(ctx context.Context) error {
 // insert adds events in one INSERT, and returns when they are stored.
 func (l *eventLog) insert(events []event) error {
 	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
-	// Not at once: the driver may take that for the end of an INSERT, and close a connection that the next
-	// one has.
+	// A second late: the driver watches ctx beside Send, may see the end of ctx before that of Send, and
+	// would then close the connection, which the next INSERT may have by now.
 	defer func() { time.AfterFunc(time.Second, cancel) }()
 	if l.syncInserts.Load() {
 		ctx = clickhouse.Context(ctx, clickhouse.WithSettings(clickhouse.Settings{

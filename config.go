@@ -35,8 +35,9 @@ type config struct {
 var variables = []struct{ name, fallback, help string }{
 	{"HTTP_ADDR", "127.0.0.1:8080", "the address to listen on, host:port; " +
 		":8080 is every address of this machine"},
-	{"POSTGRES_URL", "postgres://goods:goods@localhost:5432/goods?sslmode=disable", "the database of goods, " +
-		"a URL such as postgres://user:password@host:5432/database or ://host1,host2/database?port=5432,5433"},
+	{"POSTGRES_URL", "postgres://goods:goods@localhost:5432/goods?sslmode=disable",
+		"the database of goods, a URL such as postgres://user:password@host:5432/database " +
+			"or ://host1,host2/database?port=5432,5433"},
 	{"REDIS_URL", "redis://localhost:6379/0", "the cache, " +
 		"a URL such as redis://user:password@host:6379/0, or rediss:// for TLS"},
 	{"NATS_URL", "nats://localhost:4222", "carries the events, " +
@@ -80,7 +81,7 @@ func readConfig(getenv func(string) string) (*config, error) {
 	return c, nil
 }
 
-// set sets what a variable says. URLs are read by what will use them.
+// set checks and keeps one value. Where the client library has a parser of URLs, that one decides.
 func (c *config) set(name, value string) (err error) {
 	switch name {
 	case "HTTP_ADDR":
@@ -133,8 +134,8 @@ func checkAddress(value string) error {
 	return err
 }
 
-// parseURL parses a URL with one of these schemes. An @ in the path or the query is one of a password with
-// a / or ? that should have been percent-encoded.
+// parseURL parses a URL with one of these schemes. An @ in the path or the query means that a / or ? in the
+// password was not percent-encoded, and ended the host too early.
 func parseURL(value string, schemes ...string) (*url.URL, error) {
 	u, err := url.Parse(value)
 	if err != nil {
@@ -161,7 +162,7 @@ func checkPostgresURL(value string) error {
 	return err
 }
 
-// errNotDialled ends a connection before it is made, when its URL has been read.
+// errNotDialled says that redis.DialURL has accepted the URL and would now dial.
 var errNotDialled = errors.New("not dialled")
 
 func checkRedisURL(value string) error {
@@ -203,11 +204,11 @@ func oneHost(u *url.URL) bool {
 	return checkAddress(u.Host) == nil
 }
 
-// otherHosts are those after the first of a URL.
-var otherHosts = regexp.MustCompile(`,[^@/?]*`)
+// otherHostsPattern matches each host of a URL after the first, with its comma.
+var otherHostsPattern = regexp.MustCompile(`,[^@/?]*`)
 
 func parseClickHouseURL(value string) (*clickhouse.Options, error) {
-	single := otherHosts.ReplaceAllString(value, "") // url.Parse takes one host only
+	single := otherHostsPattern.ReplaceAllString(value, "") // url.Parse takes one host only
 	u, err := parseURL(single, "clickhouse", "http", "https")
 	if err != nil {
 		return nil, err
@@ -245,7 +246,7 @@ Environment variables, with their defaults:
 
 `)
 	for _, v := range variables {
-		help := strings.ReplaceAll(v.help, ", a URL", ",\n      a URL") // no wider than 100 columns
+		help := strings.ReplaceAll(v.help, ", a URL", ",\n      a URL") // some are too long for one line
 		fmt.Fprintf(w, "  %s=%s\n      %s\n", v.name, v.fallback, help)
 	}
 }

@@ -85,8 +85,8 @@ func unavailable(err error) bool {
 		}
 		switch e.Code {
 		case pqerror.LockNotAvailable, pqerror.ReadOnlySQLTransaction, pqerror.FeatureNotSupported:
-			// The last is how a standby refuses what our settings ask of it; no statement of ours asks for
-			// a feature that a primary lacks.
+			// The last is how a standby refuses the BEGIN READ WRITE of lib/pq; no statement of ours asks
+			// for a feature that a primary lacks.
 			return true
 		}
 		return false

@@ -65,7 +65,7 @@ func encodeJSON(v any) []byte {
 }
 
 // service has the operations of the API. Each joins a batch and ends within requestTimeout. An error is a
-// *failure, or one that unavailable knows, or else internal. All methods may be called concurrently.
+// *failure, or else a 503 if unavailable(err), and a 500 if not. All methods may be called concurrently.
 type service struct {
 	db        *database
 	cache     *cache
@@ -97,12 +97,12 @@ func newService(db *database, cache *cache, events *eventLog, wakeRelay func(), 
 	s := &service{db: db, cache: cache, events: events, replies: newReplyMemory(), wakeRelay: wakeRelay}
 	s.creates = newBatcher("create", batchLimit, s.createGoods, metrics, log)
 	s.edits = newBatcher("edit", batchLimit, s.editGoods, metrics, log)
-	s.moves = newBatcher("reprioritize", moveBatchLimit, s.moveGoods, metrics, log)
+	s.moves = newBatcher("reprioritize", batchLimit, s.moveGoods, metrics, log)
 	s.gets = newBatcher("get", batchLimit, s.getGoods, metrics, log)
 	s.histories = newBatcher("history", batchLimit, s.readHistory, metrics, log)
 	s.largeHistories = newBatcher("large history", batchLimit, s.readHistory, metrics, log)
-	s.allGoods = newPages("list", listVersions, listGoods, s, metrics, log)
-	s.projectGoods = newPages("project list", projectVersions, projectGoods, s, metrics, log)
+	s.allGoods = newPages("list", listVersionsSQL, listGoodsSQL, s, metrics, log)
+	s.projectGoods = newPages("project list", projectVersionsSQL, projectGoodsSQL, s, metrics, log)
 	return s
 }
 
@@ -139,7 +139,7 @@ func (s *service) Create(ctx context.Context, q createRequest) (created, error) 
 }
 
 //go:embed sql/queries/create_goods.sql
-var createGoods string
+var createGoodsSQL string
 
 // createAttempts is how often a batch is sent. An attempt fails when another transaction commits one of its
 // keys while it waits for the lock of the priorities; the next attempt finds that good. After the last,
@@ -167,7 +167,7 @@ func (s *service) createOnce(requests []createRequest, results []result[created]
 		results[i] = result[created]{err: errCampaignNotFound} // unless there is a row for it
 	}
 	return s.db.inTx(func(tx transaction) error {
-		return tx.query(createGoods, []any{string(encodeJSON(requests))}, func(rows *sql.Rows) error {
+		return tx.query(createGoodsSQL, []any{string(encodeJSON(requests))}, func(rows *sql.Rows) error {
 			var n int
 			var same bool
 			var c created
@@ -210,9 +210,9 @@ func (s *service) Remove(ctx context.Context, q editRequest) (good, error) {
 }
 
 //go:embed sql/queries/edit_goods.sql
-var editGoods string
+var editGoodsSQL string
 
-const lockGood = `
+const lockGoodSQL = `
 SELECT id
 FROM goods
 WHERE id = $1
@@ -225,15 +225,15 @@ FOR UPDATE`
 func (s *service) editGoods(requests []editRequest, results []result[good], alone bool) error {
 	var before, after []key
 	var goods [][]byte
-	serverID := s.db.id()
+	serverID := s.db.id() // before the transaction: see below
 	err := s.db.inTx(func(tx transaction) error {
 		if alone {
 			q := requests[0]
-			if err := tx.query(lockGood, []any{q.ID, q.ProjectID}, ignoreRow); err != nil {
+			if err := tx.query(lockGoodSQL, []any{q.ID, q.ProjectID}, ignoreRow); err != nil {
 				return err
 			}
 		}
-		return tx.query(editGoods, []any{string(encodeJSON(requests))}, func(rows *sql.Rows) error {
+		return tx.query(editGoodsSQL, []any{string(encodeJSON(requests))}, func(rows *sql.Rows) error {
 			var n int
 			var outcome string
 			var g good // empty unless it was edited
@@ -252,7 +252,7 @@ func (s *service) editGoods(requests []editRequest, results []result[good], alon
 			case "missing":
 				r.err = errGoodNotFound
 			default:
-				r.err = lockedOrRetry(alone)
+				r.err = errRetryAlone
 			}
 			return nil
 		})
@@ -261,20 +261,13 @@ func (s *service) editGoods(requests []editRequest, results []result[good], alon
 		return fmt.Errorf("edit goods: %w", err)
 	}
 	s.wakeRelay()
-	if s.db.id() == serverID { // whose versions these are
+	// Unless the database has moved to another server meanwhile: there, the same versions may have other
+	// content (see database.serverID).
+	if s.db.id() == serverID {
 		s.cache.keep(serverID, after, goods) // the next list needs them
 		s.cache.drop(serverID, before)
 	}
 	return nil
-}
-
-// lockedOrRetry returns the error of a request whose good another transaction has locked: at first it is to
-// be retried alone, where it may wait; there, it has waited too long.
-func lockedOrRetry(alone bool) error {
-	if alone {
-		return errLocked
-	}
-	return errRetryAlone
 }
 
 // getRequest asks for one good.
@@ -288,7 +281,7 @@ func (s *service) Get(ctx context.Context, q getRequest) (good, error) {
 }
 
 //go:embed sql/queries/get_goods.sql
-var getGoods string
+var getGoodsSQL string
 
 func (s *service) getGoods(requests []getRequest, results []result[good], _ bool) error {
 	ids := make(pq.Int32Array, len(requests))
@@ -298,7 +291,7 @@ func (s *service) getGoods(requests []getRequest, results []result[good], _ bool
 		projects[i] = q.projectID
 		results[i].err = errGoodNotFound // unless there is a row for it
 	}
-	err := s.db.query(getGoods, []any{ids, projects}, func(rows *sql.Rows) error {
+	err := s.db.query(getGoodsSQL, []any{ids, projects}, func(rows *sql.Rows) error {
 		var n int
 		var g good
 		if err := rows.Scan(append([]any{&n}, g.fields()...)...); err != nil {

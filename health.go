@@ -4,14 +4,13 @@ import (
 	"context"
 	"log/slog"
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
 const (
 	pingInterval = time.Second
 	downAfter    = 3 * pingInterval // a server is up while its last answer is not older
-	// quietEnd is how long no request may have failed until an outage is over.
+	// quietEnd is for how long no request may fail before an outage counts as over.
 	quietEnd = 5 * time.Second
 )
 
@@ -72,34 +71,4 @@ func (h *health) report() map[string]string {
 		}
 	}
 	return states
-}
-
-// stateLog logs the first failure, with its cause, and the recovery: the first success that has no failure
-// within quiet before it. It may be used concurrently.
-type stateLog struct {
-	log   *slog.Logger
-	name  string
-	quiet time.Duration
-
-	failing atomic.Bool // is read without mu, so that a success costs nothing
-	mu      sync.Mutex  // guards what follows, and changes of failing
-	last    time.Time   // failure
-}
-
-func (s *stateLog) report(err error) {
-	if err == nil && !s.failing.Load() {
-		return
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err != nil {
-		if !s.failing.Swap(true) {
-			s.log.Warn("failing", "name", s.name, "err", err)
-		}
-		s.last = time.Now()
-		return
-	}
-	if time.Since(s.last) >= s.quiet && s.failing.Swap(false) {
-		s.log.Info("recovered", "name", s.name)
-	}
 }

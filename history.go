@@ -35,7 +35,7 @@ type pastVersion struct {
 
 // History returns the versions of a good that ClickHouse holds, the newest first, as JSON. A good that it
 // does not know has none. It is the log, a little behind the list. The caller must call release when the
-// page has been sent. Failures: errUnavailable without ClickHouse.
+// page has been sent. Any error is errUnavailable: without ClickHouse, without memory, or too late.
 func (s *service) History(ctx context.Context, q historyRequest) (page []byte, release func(), err error) {
 	read := func(ctx context.Context, maxBytes int, reserved bool) ([]byte, error) {
 		q.maxBytes = maxBytes
@@ -66,7 +66,7 @@ func (s *service) readHistory(requests []historyRequest, results []result[[]byte
 
 const (
 	// A page's size is asked for first, so that a large one is not read before there is memory for it.
-	sizeOfVersions = `
+	sizeOfVersionsSQL = `
 SELECT sum(length(Name) + length(Description) + 120)
 FROM (
     SELECT Name, Description
@@ -76,12 +76,12 @@ FROM (
     LIMIT ?, ?
 )`
 
-	countVersions = `
+	countVersionsSQL = `
 SELECT count()
 FROM goods_log FINAL
 WHERE ProjectId = ? AND Id = ?`
 
-	selectVersions = `
+	selectVersionsSQL = `
 SELECT Version, Name, Description, Priority, Removed, EventTime
 FROM goods_log FINAL
 WHERE ProjectId = ? AND Id = ?
@@ -95,7 +95,7 @@ func (l *eventLog) history(q historyRequest) ([]byte, error) {
 	defer cancel()
 	if !q.reserved {
 		var bytes uint64
-		row := l.reader.QueryRow(ctx, sizeOfVersions, q.projectID, q.id, q.offset-1, q.limit)
+		row := l.reader.QueryRow(ctx, sizeOfVersionsSQL, q.projectID, q.id, q.offset-1, q.limit)
 		if err := row.Scan(&bytes); err != nil {
 			return nil, err
 		}
@@ -104,10 +104,10 @@ func (l *eventLog) history(q historyRequest) ([]byte, error) {
 		}
 	}
 	var total uint64
-	if err := l.reader.QueryRow(ctx, countVersions, q.projectID, q.id).Scan(&total); err != nil {
+	if err := l.reader.QueryRow(ctx, countVersionsSQL, q.projectID, q.id).Scan(&total); err != nil {
 		return nil, err
 	}
-	rows, err := l.reader.Query(ctx, selectVersions, q.projectID, q.id, q.offset-1, q.limit)
+	rows, err := l.reader.Query(ctx, selectVersionsSQL, q.projectID, q.id, q.offset-1, q.limit)
 	if err != nil {
 		return nil, err
 	}

@@ -14,7 +14,7 @@ import (
 
 const (
 	maxLimit      = 1000 // goods on one page
-	maxBatchGoods = 1000 // of a batch that are read at a time, so that many small pages need little memory
+	maxBatchGoods = 1000 // goods of a batch that are read at once: many small pages then need little memory
 	// snapshotAttempts is how often a batch starts anew because the service got another server meanwhile.
 	snapshotAttempts = 3
 )
@@ -57,16 +57,16 @@ type pages struct {
 }
 
 //go:embed sql/queries/list_versions.sql
-var listVersions string
+var listVersionsSQL string
 
 //go:embed sql/queries/list_goods.sql
-var listGoods string
+var listGoodsSQL string
 
 //go:embed sql/queries/project_versions.sql
-var projectVersions string
+var projectVersionsSQL string
 
 //go:embed sql/queries/project_goods.sql
-var projectGoods string
+var projectGoodsSQL string
 
 func newPages(name, versions, goods string, s *service, metrics *metrics, log *slog.Logger) *pages {
 	p := &pages{db: s.db, cache: s.cache, building: s.replies.buildingList, versions: versions, goods: goods}
@@ -126,7 +126,7 @@ func countWithin(requests []listRequest, max int32) int {
 type snapshot struct {
 	exists         bool // the project does
 	total, removed int64
-	bytes          int64 // of the goods as JSON: an estimate, too low only for texts with escapes
+	bytes          int64 // of the goods as JSON: an estimate, too low for escapes, and 0 for a few goods
 	keys           []key
 	goods          [][]byte // JSON, one for each key; nil where it is not known
 }
@@ -138,7 +138,8 @@ func (s *snapshot) exceeds(maxBytes int) bool { return s.bytes > int64(maxBytes)
 // Where a good is not cached, the page is read again, whole, in one statement of its own.
 func (p *pages) readTogether(requests []listRequest, answers map[listRequest]*result[[]byte]) error {
 	for range snapshotAttempts {
-		// Keys name versions in one database. If its id is the same before and after the query, it is theirs.
+		// A key names a version in one database only: the one whose id is the same before and after the
+		// query.
 		serverID := p.db.id()
 		snapshots, err := p.readVersions(requests)
 		if err != nil {
@@ -193,7 +194,7 @@ func (p *pages) answerCached(serverID string, requests []listRequest, snapshots 
 	for i := range snapshots {
 		s := &snapshots[i]
 		if s.exceeds(requests[i].maxBytes) {
-			s.keys = nil // it is not going to be answered here: its goods are not read
+			s.keys = nil // it is answered with an error below: its goods are not needed
 		}
 		keys = append(keys, s.keys...)
 	}
@@ -216,8 +217,8 @@ func (p *pages) answerCached(serverID string, requests []listRequest, snapshots 
 	return missing
 }
 
-// readGoods reads pages whole, in one statement, answers them, and lets the cache have the goods. Goods are
-// never deleted: a page that had some a moment ago has some now.
+// readGoods reads pages whole, in one statement, answers them, and lets the cache have the goods. It is for
+// pages that have goods: each row has the counts.
 func (p *pages) readGoods(requests []listRequest, answers map[listRequest]*result[[]byte]) error {
 	serverID := p.db.id()
 	snapshots := make([]snapshot, len(requests))
@@ -245,6 +246,10 @@ func (p *pages) readGoods(requests []listRequest, answers map[listRequest]*resul
 	known := p.db.id() == serverID // whose versions these are
 	for i, q := range requests {
 		s := &snapshots[i]
+		if len(s.keys) == 0 { // it had goods a moment ago: they went to another project, or were lost
+			answers[q].err = errServerChanged
+			continue
+		}
 		if s.exceeds(q.maxBytes) {
 			answers[q].err = errReplyTooLarge(s.bytes)
 			continue

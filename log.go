@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -81,4 +82,34 @@ func isTerminal(w io.Writer) bool {
 	}
 	info, err := file.Stat()
 	return err == nil && info.Mode()&os.ModeCharDevice != 0
+}
+
+// stateLog logs the first failure, with its cause, and the recovery: the first success that has no failure
+// within quiet before it. It may be used concurrently.
+type stateLog struct {
+	log   *slog.Logger
+	name  string
+	quiet time.Duration
+
+	failing atomic.Bool // is read without mu, so that a success costs nothing
+	mu      sync.Mutex  // guards what follows, and changes of failing
+	last    time.Time   // the last failure
+}
+
+func (s *stateLog) report(err error) {
+	if err == nil && !s.failing.Load() {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil {
+		if !s.failing.Swap(true) {
+			s.log.Warn("failing", "name", s.name, "err", err)
+		}
+		s.last = time.Now()
+		return
+	}
+	if time.Since(s.last) >= s.quiet && s.failing.Swap(false) {
+		s.log.Info("recovered", "name", s.name)
+	}
 }

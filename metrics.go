@@ -24,8 +24,9 @@ type metrics struct {
 	sizes   map[string]*histogram    // of batches, by the name of their batcher
 
 	cacheHits, cacheMisses, cacheErrors atomic.Int64
-	published, requeued, rejected       atomic.Int64 // events, and messages
-	inserted, inserts, insertFailures   atomic.Int64
+	published, requeued, inserted       atomic.Int64 // events
+	rejected                            atomic.Int64 // messages
+	inserts, insertFailures             atomic.Int64 // INSERTs
 	outboxRows, outboxAgeMillis         atomic.Int64
 	outboxSampled                       atomic.Int64 // when the two were read, in Unix milliseconds
 	backlog                             atomic.Int64 // messages in the stream
@@ -53,7 +54,9 @@ func (m *routeMetrics) observe(status int, took time.Duration) {
 
 // addRoute returns the metrics of a new route.
 func (m *metrics) addRoute(path string) *routeMetrics {
-	r := &routeMetrics{latency: newHistogram(.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)}
+	r := &routeMetrics{
+		latency: newHistogram(.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5),
+	}
 	m.routes[path] = r
 	return r
 }
@@ -165,7 +168,8 @@ func (m *metrics) writeNumbers(w io.Writer) {
 	count("goods_events_batches_total", &m.inserts, "INSERTs into ClickHouse.")
 	count("goods_events_insert_failures_total", &m.insertFailures, "Failed INSERTs into ClickHouse.")
 	count("goods_events_rejected_total", &m.rejected, "Messages in the stream that were no events.")
-	count("goods_outbox_rows", &m.outboxRows, "Events that ClickHouse does not hold yet, and gaps between them.")
+	count("goods_outbox_rows", &m.outboxRows,
+		"Events that ClickHouse does not hold yet, and gaps between them.")
 	number("goods_outbox_oldest_age_seconds", float64(m.outboxAgeMillis.Load())/1000,
 		"Age of the oldest of them.")
 	sampled := time.UnixMilli(m.outboxSampled.Load())

@@ -35,7 +35,8 @@ type database struct {
 	// serverID identifies what the newest connection leads to: this run of this server, and this database.
 	// A version of a good is the same content forever only within one: after a failover that lost commits,
 	// or a restore, a version number comes again with other content. An older connection to another server
-	// can still be there only while two primaries serve: fencing forbids that.
+	// can still be there only while two primaries serve: fencing forbids that. A restore into a database that
+	// is in use goes unnoticed by older connections: the replicas have to be stopped for it.
 	serverID atomic.Value // string
 	// commitsHang says that the last COMMIT got no answer.
 	commitsHang atomic.Bool
@@ -64,7 +65,7 @@ func openPostgres(url string, conns int, limit time.Duration, settings map[strin
 	db.serverID.Store("")
 	db.DB = sql.OpenDB(&connector{
 		Connector: inner,
-		setUp:     setUpSession(limit, settings, cfg.Runtime),
+		setUp:     setUpStatement(limit, settings, cfg.Runtime),
 		serverID:  &db.serverID,
 	})
 	db.SetMaxOpenConns(conns)
@@ -73,9 +74,9 @@ func openPostgres(url string, conns int, limit time.Duration, settings map[strin
 	return db, nil
 }
 
-// setUpSession returns the statement that makes the settings of a session, unless the URL has them, and
-// identifies the server and the database.
-func setUpSession(limit time.Duration, settings, given map[string]string) string {
+// setUpStatement returns the statement that makes the settings of a session, unless the URL has them, and
+// identifies the server, the database, and the table goods in it: a restore makes that anew.
+func setUpStatement(limit time.Duration, settings, given map[string]string) string {
 	statementTimeout := strconv.FormatInt(limit.Milliseconds(), 10)
 	lockTimeout := strconv.FormatInt(limit.Milliseconds()*3/4, 10)
 	all := map[string]string{
@@ -237,7 +238,7 @@ func (t transaction) query(query string, args []any, scan func(rows *sql.Rows) e
 	return scanAll(t.tx.Stmt(stmt), args, scan)
 }
 
-// query is the same for a query of its own. When its connection breaks, it may run twice.
+// query is transaction.query outside of a transaction. When its connection breaks, it may run twice.
 func (db *database) query(query string, args []any, scan func(rows *sql.Rows) error) error {
 	stmt, err := db.statement(query)
 	if err != nil {
@@ -290,8 +291,8 @@ func scanAll(stmt *sql.Stmt, args []any, scan func(rows *sql.Rows) error) error 
 	return markConnectionError(rows.Err())
 }
 
-// markConnectionError marks an error that is not the server's own answer as driver.ErrBadConn: lib/pq hides
-// what some of them are.
+// markConnectionError marks an error that is not the server's own answer as driver.ErrBadConn, which
+// unavailable knows: lib/pq returns some of them as plain texts.
 func markConnectionError(err error) error {
 	if err == nil || pq.As(err) != nil {
 		return err

@@ -52,7 +52,8 @@ func FuzzBody(f *testing.F) {
 			t.Fatalf("%q: taken as %q: %v", body, taken, err)
 		}
 		for _, s := range taken {
-			if !utf8.ValidString(s) || strings.ContainsRune(s, 0) || utf8.RuneCountInString(s) > maxDescription {
+			if !utf8.ValidString(s) || strings.ContainsRune(s, 0) ||
+				utf8.RuneCountInString(s) > maxDescription {
 				t.Fatalf("%q: taken as %q", body, s)
 			}
 		}

@@ -39,7 +39,8 @@ type stream struct {
 // openStream returns the stream of a namespace. It is connected to NATS, and again after each failure, in the
 // background. Only a bad URL is an error.
 func openStream(url, namespace string, replicas int, metrics *metrics, log *slog.Logger) (*stream, error) {
-	s := &stream{namespace: namespace, replicas: replicas, metrics: metrics, log: log, noted: map[string]bool{}}
+	s := &stream{namespace: namespace, replicas: replicas, metrics: metrics, log: log}
+	s.noted = map[string]bool{}
 	conn, err := nats.Connect(url,
 		nats.Name("goods"),
 		nats.RetryOnFailedConnect(true),
@@ -48,7 +49,7 @@ func openStream(url, namespace string, replicas int, metrics *metrics, log *slog
 		nats.ReconnectWait(500*time.Millisecond),
 		nats.ReconnectBufSize(-1), // what was not sent is still in the outbox
 		nats.Timeout(natsTimeout),
-		nats.FlusherTimeout(natsTimeout), // or a frozen server that takes no more bytes is left after a minute
+		nats.FlusherTimeout(natsTimeout), // the default is a minute, for a frozen server that takes no bytes
 		nats.PingInterval(time.Second),   // a frozen server is left within three seconds
 		nats.MaxPingsOutstanding(2),
 		nats.ConnectHandler(func(*nats.Conn) { s.forgetErrors() }),
@@ -150,7 +151,7 @@ func (s *stream) prepare() (created bool, err error) {
 	return false, err
 }
 
-// ping reports whether the stream can be used.
+// ping reports whether the stream can be used. It also tells the metrics how many messages are in it.
 func (s *stream) ping(ctx context.Context) error {
 	if err := s.connected(); err != nil {
 		return err

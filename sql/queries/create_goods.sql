@@ -1,9 +1,9 @@
 -- Creates goods from a JSON array of requests, under the lock of the priorities.
--- Every request gets a row, with n, its place in the array from 1, unless its
--- project does not exist. If its key is known, that is the good that the key
--- made before, and whether the request is the same as then. A key that another
--- transaction uses while this one waits for the lock is not known yet: the
--- unique index then refuses the whole array, and the service sends it again.
+-- Every request whose project exists gets a row: n, its place in the array from
+-- 1, and the good. For a key that was used before this statement began, that is
+-- the good made then, and same says whether the request is equal. A key that
+-- another transaction commits while this one waits for the lock is not found:
+-- the unique index then refuses the whole array, and the service sends it again.
 WITH request AS (
     SELECT *, CASE WHEN key IS NOT NULL THEN md5(jsonb_build_array(name, description)::text) END AS digest
     FROM ROWS FROM (json_to_recordset($1) AS (project_id integer, name text, description text, key text))
@@ -17,11 +17,11 @@ WITH request AS (
 ), locked AS MATERIALIZED (
     SELECT lock_priorities() AS last_priority
 ), planned AS MATERIALIZED (
-    -- The time is read when the lock is held: OFFSET 0 keeps the two apart.
+    -- clock_timestamp() is read for the row of locked: once, and when the lock is held.
     SELECT r.n, r.project_id, r.name, r.description, r.key, r.digest,
            l.last_priority + row_number() OVER (ORDER BY r.n) AS priority,
            l.moment
-    FROM (SELECT last_priority, clock_timestamp() AS moment FROM locked OFFSET 0) AS l,
+    FROM (SELECT last_priority, clock_timestamp() AS moment FROM locked) AS l,
         request AS r
     JOIN campaigns AS c ON c.id = r.project_id
     WHERE r.n NOT IN (SELECT n FROM known)
