@@ -215,6 +215,24 @@ func TestTableDropped(t *testing.T) {
 	}
 }
 
+// All that holds goods or events is emptied at once, as docs/operations.md says. Nothing of the old goods is
+// left beside the new ones, which have the same ids and versions.
+func TestEverythingEmptied(t *testing.T) {
+	w, a := started(t)
+	a.Stock(t, 3)
+	w.Exec(t, `UPDATE goods SET name = name || ', changed'`)
+	w.Settled(t, 20*time.Second)
+	harness.Equal(t, a.Stop(), nil, "how the service ended")
+	w.Exec(t, `DROP SCHEMA public CASCADE; CREATE SCHEMA public`)
+	harness.Must(t, w.JS.DeleteStream(t.Context(), w.Stream()))
+	harness.Must(t, w.ClickHouse.Exec(t.Context(), `DROP TABLE goods_log`))
+	a = w.Start(t)
+	ready(t, a)
+	harness.Equal(t, a.Create(t, "new").ID, 1, "the id of the first good")
+	harness.Equal(t, w.Settled(t, 20*time.Second), 1, "events")
+	harness.Equal(t, a.List(t, 10, 1).Goods[0].Name, "new", "the name of the first good")
+}
+
 // The times of versions are taken when their locks are held, so they never run backwards, however long a
 // call waited.
 func TestTimesOfVersions(t *testing.T) {
