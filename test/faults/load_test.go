@@ -340,15 +340,3 @@ func (l *load) verify(s *scene) {
 		w.check(stored, 1, time.Now())
 	}
 }
-
-// stored returns the goods that Postgres holds, in order, and the ids by their keys.
-func (s *scene) stored() (goods []harness.Good, keys map[string]int) {
-	harness.Must(s, json.Unmarshal(harness.One[[]byte](s, s.World, `
-SELECT json_agg(json_build_object('id', id, 'projectId', project_id, 'name', name, 'description', description,
-	'priority', priority, 'removed', removed,
-	'createdAt', to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')) ORDER BY priority)
-FROM goods`), &goods))
-	harness.Must(s, json.Unmarshal(harness.One[[]byte](s, s.World, `
-SELECT coalesce(json_object_agg(idempotency_key, id), '{}') FROM goods WHERE idempotency_key IS NOT NULL`), &keys))
-	return goods, keys
-}
