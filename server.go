@@ -28,7 +28,7 @@ const (
 // It is not http.Server.Shutdown, which closes, without an answer, every connection whose first request has
 // not been read yet, though its client has sent it.
 func serveHTTP(ctx context.Context, listener net.Listener, api *api, log *slog.Logger) error {
-	accepted := &connections{Listener: listener, states: map[*connection]http.ConnState{}}
+	accepted := &connections{Listener: listener, open: map[*connection]bool{}}
 	server := &http.Server{
 		Handler:                      api.routes(),
 		ReadHeaderTimeout:            5 * time.Second,
@@ -71,8 +71,8 @@ func serveHTTP(ctx context.Context, listener net.Listener, api *api, log *slog.L
 type connections struct {
 	net.Listener
 
-	mu     sync.Mutex // guards what follows
-	states map[*connection]http.ConnState
+	mu   sync.Mutex // guards what follows
+	open map[*connection]bool
 }
 
 // connection knows whether its client has sent anything.
@@ -101,28 +101,30 @@ func (c *connection) Read(b []byte) (int, error) {
 
 // track is called by the server when the state of a connection changes.
 func (c *connections) track(conn net.Conn, state http.ConnState) {
-	known := conn.(*connection)
+	if state != http.StateNew && state != http.StateClosed {
+		return // twice for each request
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if state == http.StateClosed {
-		delete(c.states, known)
-		return
+	if state == http.StateNew {
+		c.open[conn.(*connection)] = true
+	} else {
+		delete(c.open, conn.(*connection))
 	}
-	c.states[known] = state
 }
 
 func (c *connections) count() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return len(c.states)
+	return len(c.open)
 }
 
 // closeSilent closes the connections that have never sent anything.
 func (c *connections) closeSilent() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for conn, state := range c.states {
-		if state == http.StateNew && !conn.heard.Load() {
+	for conn := range c.open {
+		if !conn.heard.Load() {
 			conn.Close()
 		}
 	}
