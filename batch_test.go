@@ -87,6 +87,31 @@ func TestBatchTakesWhatWaits(t *testing.T) {
 	})
 }
 
+// What a batch postpones comes first in the next one, and is counted in the batch that runs it.
+func TestBatchPostpones(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b, batches := testBatcher(func(requests []ask, results []result[int], alone bool) error {
+			time.Sleep(time.Millisecond)
+			answerEqual(requests, results, result[int]{answer: requests[0].n})
+			return nil
+		})
+		done := start(b, ask{n: 1}, ask{n: 2}, ask{n: 3}, ask{n: 3}, ask{n: 4}, ask{n: 5})
+		for range 6 {
+			if e := <-done; e.err != nil || e.answer != e.n {
+				t.Errorf("call %d: got %d, %v", e.n, e.answer, e.err)
+			}
+		}
+		want := [][]int{{1}, {2, 3, 3, 4}, {3, 3, 4, 5}, {4, 5}, {5}}
+		if !slices.EqualFunc(*batches, want, slices.Equal) {
+			t.Errorf("got batches %v, want %v", *batches, want)
+		}
+		synctest.Wait()
+		if b.sizes.sum != 6 {
+			t.Errorf("got sizes that add up to %g, want the 6 calls", b.sizes.sum)
+		}
+	})
+}
+
 func TestBatchAnswersInTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		release := make(chan bool)
@@ -165,19 +190,22 @@ func TestBatchFailures(t *testing.T) {
 func TestBatchStragglersHoldUpNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begin, unlock := make(chan bool), make(chan bool)
-		b, _ := testBatcher(func(requests []ask, results []result[int], alone bool) error {
+		var alone []int
+		b, _ := testBatcher(func(requests []ask, results []result[int], isAlone bool) error {
 			<-begin
-			if alone {
+			if isAlone {
+				alone = append(alone, requests[0].n)
 				<-unlock
 			}
-			_ = echo(requests, results, alone) // has no error
+			_ = echo(requests, results, isAlone) // has no error
 			for i, q := range requests {
-				if q.n < 0 && !alone {
+				if q.n < 0 && !isAlone {
 					results[i].err = errRetryAlone
 				}
 			}
 			return nil
 		})
+		b.lone = make(chan struct{}, 1)
 		done := start(b, ask{n: 1}, ask{n: 2}, ask{n: -1}, ask{n: 3})
 		close(begin)
 		for range 3 {
@@ -185,12 +213,20 @@ func TestBatchStragglersHoldUpNobody(t *testing.T) {
 				t.Errorf("call %d: got %v after %v, want an answer at once", e.n, e.err, e.took)
 			}
 		}
+		second := start(b, ask{n: -2})
 		if e := <-start(b, ask{n: 4}); e.err != nil || e.took != 0 {
 			t.Errorf("the next batch: got %v after %v, want an answer at once", e.err, e.took)
 		}
-		if e := <-done; !errors.Is(e.err, context.DeadlineExceeded) {
-			t.Errorf("the straggler: got %v, want %v", e.err, context.DeadlineExceeded)
+		for _, straggler := range []chan ended{done, second} {
+			e := <-straggler
+			if !errors.Is(e.err, context.DeadlineExceeded) || !errors.Is(e.err, errLocked) {
+				t.Errorf("straggler %d: got %v, want a timeout for a lock", e.n, e.err)
+			}
 		}
 		close(unlock)
+		synctest.Wait()
+		if !slices.Equal(alone, []int{-1}) {
+			t.Errorf("got %v retried alone, want only -1: nobody waited any more for -2", alone)
+		}
 	})
 }
