@@ -123,3 +123,109 @@ func TestCallsThatWait(t *testing.T) {
 	ok(t, a, "PATCH", calls[1].path, someName)
 	w.Settled(t, 15*time.Second)
 }
+
+// Creates that travel together get a good each, or a refusal of their own.
+func TestCreatesTogether(t *testing.T) {
+	w, a := started(t)
+	w.Exec(t, `INSERT INTO campaigns (name) VALUES ('second')`)
+	const known = keyHeader + "known"
+	before := harness.Want[harness.Good](t, a, 201, "POST", create, someName, known)
+	// One create waits for this lock, and the others form batches.
+	tx := w.Hold(t, `SELECT lock_priorities()`)
+	time.AfterFunc(500*time.Millisecond, func() { _ = tx.Rollback() })
+	var newKey atomic.Int64 // created with it
+	harness.Together(48, func(i int) {
+		name := fmt.Sprint(i)
+		body := fmt.Sprintf(`{"name":%q}`, name)
+		switch i % 6 {
+		case 0:
+			refused(t, a, 4, "POST", "/goods/create?projectId=3", body)
+		case 1:
+			refused(t, a, 9, "POST", create, body, known)
+		case 2:
+			again := harness.Want[harness.Good](t, a, 200, "POST", create, someName, known)
+			harness.Equal(t, again, before, "repeated")
+		case 3:
+			if r := a.Call(t, "POST", create, someName, keyHeader+"new"); r.Status == 201 {
+				newKey.Add(1)
+			} else {
+				harness.Equal(t, r.Status, 200, "status of a create with the new key")
+			}
+		default:
+			project := i%6 - 3
+			path := fmt.Sprint("/goods/create?projectId=", project)
+			good := harness.Want[harness.Good](t, a, 201, "POST", path, body)
+			harness.Equal(t, []any{good.Name, good.ProjectID}, []any{name, project}, "name and project")
+		}
+	})
+	harness.Equal(t, newKey.Load(), 1, "goods that the new key made")
+	harness.Equal(t, w.Settled(t, 15*time.Second), 1+1+16, "events")
+	// An INSERT that Postgres refuses, such as one of the same key twice, takes ids all the same.
+	last := harness.One[int](t, w, `SELECT max(id) FROM goods`)
+	harness.Equal(t, last, 1+1+16, "the last id, if Postgres has refused nothing")
+}
+
+// A call for a good that another transaction has locked waits for it, and holds up nobody: no create, and
+// no call for another good.
+func TestLockedGood(t *testing.T) {
+	for name, waiting := range map[string]call{
+		"update":                       {"PATCH", "/goods/update" + target(2), someName},
+		"remove":                       {"DELETE", "/goods/remove" + target(2), ""},
+		"move":                         {"PATCH", "/goods/reprioritize" + target(2), `{"newPriority":3}`},
+		"move of another good past it": {"PATCH", "/goods/reprioritize" + target(3), somePlace},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w, a := started(t)
+			a.Stock(t, 12)
+			tx := w.Hold(t, `SELECT FROM goods WHERE id = 2 FOR UPDATE`)
+			var running sync.WaitGroup
+			running.Go(func() { ok(t, a, waiting.method, waiting.path, waiting.body) })
+			awaitRowLock(t, w, 1)
+			a.Create(t, "13")
+			ok(t, a, "PATCH", "/goods/update"+target(4), someName)
+			ok(t, a, "PATCH", "/goods/reprioritize"+target(12), `{"newPriority":10}`)
+			ok(t, a, "DELETE", "/goods/remove"+target(5), "")
+			awaitRowLock(t, w, 1) // still
+			harness.Must(t, tx.Rollback())
+			running.Wait()
+			w.Settled(t, 15*time.Second)
+		})
+	}
+}
+
+// A good can be changed between the moment when a move finds it and the moment when the move locks it. The
+// move then finds it anew.
+func TestMoveOfChangedGood(t *testing.T) {
+	w, a := started(t)
+	a.Stock(t, 5)
+	// Statements that change priorities wait for the lock of this key when they begin: it is held below.
+	w.Exec(t, `
+CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
+$$
+BEGIN
+    PERFORM pg_advisory_xact_lock(42);
+    RETURN NULL;
+END
+$$;
+CREATE TRIGGER wait
+    BEFORE UPDATE OF priority ON goods
+    FOR EACH STATEMENT EXECUTE FUNCTION wait()`)
+	for id, test := range map[int]struct {
+		change string
+		code   int
+	}{
+		3: {`UPDATE goods SET removed = true WHERE id = 3`, 3},
+		4: {`UPDATE goods SET name = 'changed' WHERE id = 4`, 12},
+	} {
+		tx := w.Hold(t, `SELECT pg_advisory_xact_lock(42)`)
+		var running sync.WaitGroup
+		running.Go(func() {
+			refused(t, a, test.code, "PATCH", "/goods/reprioritize"+target(id), somePlace, ifMatch+`"1"`)
+		})
+		awaitLock(t, w)
+		w.Exec(t, test.change)
+		harness.Must(t, tx.Rollback())
+		running.Wait()
+	}
+	harness.Equal(t, w.Settled(t, 15*time.Second), 5+2, "events")
+}
