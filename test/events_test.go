@@ -69,6 +69,37 @@ UPDATE goods SET removed = true WHERE id <= 10`)
 	}
 }
 
+// The events of a write are published at once, not when the relay next looks for some.
+func TestWritesWakeTheRelay(t *testing.T) {
+	w, a := started(t, "EVENTS_BATCH=1")
+	const times = 5
+	a.Stock(t, 2+times)
+	for name, write := range map[string]func(n int){
+		"create": func(n int) { a.Create(t, fmt.Sprint(n)) },
+		"update": func(n int) { ok(t, a, "PATCH", "/goods/update"+target(1), someName) },
+		"move": func(n int) {
+			body := fmt.Sprintf(`{"newPriority":%d}`, 2-n%2)
+			ok(t, a, "PATCH", "/goods/reprioritize"+target(1), body)
+		},
+		"remove": func(n int) { ok(t, a, "DELETE", "/goods/remove"+target(3+n), "") },
+	} {
+		published(t, w)
+		fastest := time.Hour
+		for n := range times {
+			begin := time.Now()
+			write(n)
+			published(t, w)
+			fastest = min(fastest, time.Since(begin))
+		}
+		if fastest > relayPoll {
+			t.Errorf("%s: its event was published after %v at best, want less than %v", name, fastest, relayPoll)
+		}
+	}
+}
+
+// relayPoll is the least time between two looks of the relay for events that nobody has told it of.
+const relayPoll = 400 * time.Millisecond
+
 // Events from before a clock was set back do not wait until it is that late again.
 func TestClockSetBack(t *testing.T) {
 	t.Parallel()
