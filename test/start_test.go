@@ -4,9 +4,10 @@ import (
 	"bytes"
 	"fmt"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -148,6 +149,9 @@ func TestFailuresAtStart(t *testing.T) {
 	harness.Must(t, err)
 	defer taken.Close()
 	address := taken.Addr().String()
+	other := httptest.NewServer(http.NotFoundHandler()) // of another program
+	defer other.Close()
+	otherAddress := other.Listener.Addr().String()
 	stranger := "POSTGRES_URL=" + withUser(t, w.Env["POSTGRES_URL"], "nobody")
 	const role = `password authentication failed for user "nobody"`
 	ascii := strings.ReplaceAll(w.Namespace, "-", "_") + "_ascii"
@@ -170,6 +174,7 @@ func TestFailuresAtStart(t *testing.T) {
 		{"", nowhereURL, `POSTGRES_URL: "nowhere" does not exist`},
 		{"healthcheck", "HTTP_ADDR=127.0.0.1:1", "127.0.0.1:1 connection refused"},
 		{"healthcheck", "HTTP_ADDR=" + address, address},
+		{"healthcheck", "HTTP_ADDR=" + otherAddress, otherAddress + " 404"},
 		// What Postgres or its driver refuses will not change by waiting.
 		{"", "POSTGRES_URL=" + asciiURL, "POSTGRES_URL UTF8"},
 		{"migrate postgres", "POSTGRES_URL=" + asciiURL, "POSTGRES_URL UTF8"},
@@ -212,18 +217,6 @@ func TestStartWithOnlyPostgres(t *testing.T) {
 	harness.Equal(t, strings.Contains(a.Log(), secret), false, "a password is in the log")
 }
 
-// awaitLock waits until a session waits for an advisory lock.
-func awaitLock(t testing.TB, w *harness.World) {
-	t.Helper()
-	waits := func() bool {
-		return harness.One[bool](t, w, `
-SELECT count(*) > 0
-FROM pg_stat_activity
-WHERE datname = current_database() AND wait_event = 'advisory'`)
-	}
-	harness.AwaitEqual(t, 15*time.Second, waits, true, "a session waits for the lock")
-}
-
 // The service listens only once Postgres is there, and migrated: until then a balancer is refused rather
 // than kept waiting. Two processes may migrate.
 func TestStartWaitsForPostgres(t *testing.T) {
@@ -254,65 +247,4 @@ func TestStartWaitsForPostgres(t *testing.T) {
 	b.Await(t)
 	a.Create(t, "first")
 	harness.Equal(t, b.List(t, 10, 1).Meta.Total, 1, "goods on the other replica")
-}
-
-// Shutting down, the service says so before it stops listening, and answers what is in flight.
-func TestShutdown(t *testing.T) {
-	w, a := started(t)
-	tx := w.Hold(t, `SELECT lock_priorities()`)
-	var running sync.WaitGroup
-	running.Go(func() { a.Create(t, "in flight") })
-	awaitLock(t, w)
-	running.Go(func() { harness.Must(t, a.Stop()) })
-	saidSo := false
-	harness.AwaitEqual(t, 10*time.Second, func() bool {
-		r, err := a.Try("GET", "/readyz", "")
-		saidSo = saidSo || r.Status == 503
-		return err == nil
-	}, false, "the service listens")
-	harness.Equal(t, saidSo, true, "503 from /readyz before it stopped listening")
-	harness.Must(t, tx.Rollback())
-	running.Wait()
-	w.Start(t)
-	harness.Equal(t, w.Settled(t, 15*time.Second), 1, "events")
-}
-
-// Connections that ask nothing hold nobody up, and neither does what the start waits for.
-func TestShutdownWaitsForNobody(t *testing.T) {
-	_, a := started(t)
-	for i := range 20 {
-		c, err := net.Dial("tcp", strings.TrimPrefix(a.URL, "http://"))
-		harness.Must(t, err)
-		defer c.Close()
-		if i%2 == 0 { // keeps its connection after a reply; the others have never said anything
-			_, err = c.Write([]byte("GET /healthz HTTP/1.1\r\nHost: goods\r\n\r\n"))
-			harness.Must(t, err)
-			_, err = c.Read(make([]byte, 1))
-			harness.Must(t, err)
-		}
-	}
-	ends := func(a *harness.App, limit time.Duration, how string) {
-		t.Helper()
-		begin := time.Now()
-		_ = a.Stop() // one that has not yet listened may call it an error
-		if took := time.Since(begin); took > limit {
-			t.Errorf("%s: ended after %v, want %v", how, took, limit)
-		}
-	}
-	ends(a, 3*time.Second, "with silent and idle connections")
-
-	w := harness.NewWorld(t) // where migrations are to be applied
-	tx := w.Hold(t, `SELECT pg_advisory_xact_lock(hashtext('goods.migrations'))`)
-	b := w.Launch(t)
-	awaitLock(t, w)
-	ends(b, 3*time.Second, "waiting for another's migrations")
-	harness.Must(t, tx.Rollback())
-
-	p := w.NewProxy(t, "POSTGRES_URL")
-	for how, fail := range map[string]func(){"shut": p.Shut, "frozen": func() { t.Cleanup(p.Freeze()) }} {
-		fail()
-		c := w.Launch(t)
-		c.AwaitLines(t, "waiting for postgres", 1)
-		ends(c, 3*time.Second, "waiting for a Postgres that is "+how)
-	}
 }
