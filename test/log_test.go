@@ -73,7 +73,8 @@ func notices(a *harness.App, n int) (lines []string) {
 	return lines[min(n, len(lines)):]
 }
 
-// The first 503 of a run is logged, with its cause, and the end of the run.
+// The first 503 of a run is logged, with its cause, and the end of the run: a call that is served, seconds after
+// the last 503. What supervisors and Prometheus ask says nothing of it.
 func TestUnavailableInLog(t *testing.T) {
 	w, a := started(t, "LOG_LEVEL=info")
 	a.Stock(t, 2) // the first may be removed: a call that got 503 may have been made
@@ -90,6 +91,12 @@ func TestUnavailableInLog(t *testing.T) {
 			t.Errorf("got a line %s, want a warning with the cause, a lock", line)
 		}
 		harness.Must(t, tx.Rollback())
+		for begin := time.Now(); time.Since(begin) < 6*time.Second; <-time.After(100 * time.Millisecond) {
+			for _, path := range []string{"/healthz", "/readyz", "/metrics", "/"} {
+				a.Call(t, "GET", path, "")
+			}
+		}
+		harness.Equal(t, len(notices(a, before)), 1, "lines in the log before a call is served")
 		harness.AwaitEqual(t, 15*time.Second, func() int {
 			ok(t, a, "PATCH", "/goods/update"+target(2), someName)
 			a.List(t, 1, 1)
