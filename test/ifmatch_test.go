@@ -64,7 +64,7 @@ func TestIfMatch(t *testing.T) {
 		}
 		harness.Equal(t, state(), before, "all goods after refused writes")
 	}
-	changed(`"0"`, `"2"`, `"12"`, `"2147483647"`)
+	changed(`"0"`, `"01"`, `"2"`, `"12"`, `"2147483647"`)
 	events := 4
 
 	ok(t, a, "PATCH", "/goods/update"+target(2), someName, ifMatch+`"1"`)
