@@ -5,6 +5,7 @@ package deploy
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -13,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/compose-spec/compose-go/v2/cli"
 	"github.com/compose-spec/compose-go/v2/types"
@@ -169,5 +171,55 @@ func TestKubernetes(t *testing.T) {
 		if strings.HasSuffix(variable.Name, "_URL") && variable.ValueFrom.SecretKeyRef.Key != variable.Name {
 			t.Errorf("%s is not from the secret's key of that name", variable.Name)
 		}
+	}
+}
+
+// What the image listens on is what compose.yaml publishes and the pods' probes ask, its user is none with rights,
+// and nothing kills it while it waits for Postgres or answers its last requests.
+func TestImage(t *testing.T) {
+	dockerfile := string(readFile(t, "Dockerfile"))
+	setting := func(pattern string) string {
+		t.Helper()
+		m := regexp.MustCompile(`(?m)^` + pattern).FindStringSubmatch(dockerfile)
+		if m == nil {
+			t.Fatalf("the Dockerfile has no line %s", pattern)
+		}
+		return m[1]
+	}
+	seconds := func(pattern string) int {
+		t.Helper()
+		n, err := strconv.Atoi(setting(pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	port := setting(`ENV HTTP_ADDR=:(\d+)$`) // of every address: the loopback's is out of reach from outside
+	if exposed := setting(`EXPOSE (\d+)$`); exposed != port {
+		t.Errorf("the image exposes port %s, want %s", exposed, port)
+	}
+	goods := compose(t, nil).Services["goods"]
+	if target := fmt.Sprint(goods.Ports[0].Target); target != port {
+		t.Errorf("compose.yaml publishes port %s, want %s", target, port)
+	}
+	var deployment apps.Deployment
+	documents := bytes.Split(readFile(t, "deploy/kubernetes.yaml"), []byte("\n---\n"))
+	if err := yaml.UnmarshalStrict(documents[0], &deployment); err != nil {
+		t.Fatal(err)
+	}
+	pod := deployment.Spec.Template.Spec
+	if of := fmt.Sprint(pod.Containers[0].Ports[0].ContainerPort); of != port {
+		t.Errorf("the pods have port %s, want %s", of, port)
+	}
+	if user := setting(`USER (\d+):\d+$`); user == "0" || user != fmt.Sprint(*pod.SecurityContext.RunAsUser) {
+		t.Errorf("the image runs as user %s, the pods as %d", user, *pod.SecurityContext.RunAsUser)
+	}
+	// Postgres is waited for a minute before the service listens.
+	if start := seconds(`HEALTHCHECK .*--start-period=(\d+)s`); start < 65 {
+		t.Errorf("the image may be called unhealthy %d seconds after its start", start)
+	}
+	// From SIGTERM on the service takes up to 10.5 seconds.
+	if grace := time.Duration(*goods.StopGracePeriod); grace < 12*time.Second {
+		t.Errorf("the service is killed %v after SIGTERM", grace)
 	}
 }
