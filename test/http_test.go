@@ -232,6 +232,31 @@ func TestStalledBodies(t *testing.T) {
 	})
 }
 
+// A body that arrives slowly, but in time, takes nothing of the time that the call itself may take.
+func TestSlowBody(t *testing.T) {
+	w, a := started(t)
+	conn, err := net.Dial("tcp", a.Host())
+	harness.Must(t, err)
+	defer conn.Close()
+	_, err = fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: goods\r\nContent-Length: %d\r\n\r\n%s",
+		create, len(someName), someName[:4])
+	harness.Must(t, err)
+	begin := time.Now()
+	<-time.After(3900 * time.Millisecond)
+	tx := w.Hold(t, `SELECT lock_priorities()`)
+	_, err = io.WriteString(conn, someName[4:])
+	harness.Must(t, err)
+	awaitLock(t, w)
+	<-time.After(5300*time.Millisecond - time.Since(begin)) // a body has five seconds
+	harness.Must(t, tx.Rollback())
+	harness.Must(t, conn.SetDeadline(time.Now().Add(10*time.Second)))
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	harness.Must(t, err)
+	harness.Equal(t, response.StatusCode, 201, "status")
+	harness.Equal(t, value(t, a, "goods_http_requests_total", `value:"499"`), 0.0, "clients that went away")
+	harness.Equal(t, w.Settled(t, 15*time.Second), 1, "events")
+}
+
 // What Go's server answers by itself is as openapi.yaml says.
 func TestRefusedByGo(t *testing.T) {
 	_, a := started(t)
