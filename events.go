@@ -18,8 +18,8 @@ const (
 	insertWorkers = 2                // INSERTs at a time: more are slower, as each makes a part
 	eventTimeout  = 5 * time.Second  // for one exchange with ClickHouse, or one statement of Postgres
 	ackWait       = 3 * eventTimeout // longer than an INSERT, a migration after it, and retryMost
-	lostAfter     = 30 * time.Second // a margin: what NATS says of the stream is seconds old when it is used
-	lookInterval  = lostAfter / 3    // between two looks for lost events
+	lostAfter     = 2 * eventTimeout // longer than from looking at the stream to the end of the UPDATE
+	lookInterval  = lostAfter / 2    // between two looks for lost events
 	retryFirst    = 100 * time.Millisecond
 	retryMost     = 2 * time.Second
 )
@@ -70,7 +70,7 @@ type consumer struct {
 
 // run consumes, forever.
 func (c *consumer) run() {
-	c.retry("migrate clickhouse", nil, c.events.migrate)
+	c.retry("migrate clickhouse", nil, func([]*delivery) error { return c.events.migrate() })
 	state := &stateLog{log: c.log, name: "consumer"}
 	for {
 		state.report(c.consume(state))
@@ -166,8 +166,8 @@ func (c *consumer) store(messages []jetstream.Msg) {
 		}
 		deliveries = append(deliveries, &delivery{message: m, events: events})
 	}
-	c.retry("store events", deliveries, func() error { return c.insertAll(deliveries) })
-	c.retry("clear outbox", deliveries, func() error { return c.clearOutbox(deliveries) })
+	c.retry("store events", deliveries, c.insertAll)
+	c.retry("clear outbox", deliveries, c.clearOutbox)
 	for _, d := range deliveries {
 		_ = d.message.Ack() // one that is lost only repeats the events
 	}
@@ -180,10 +180,9 @@ func keepAlive(deliveries []*delivery) {
 	}
 }
 
-// reject takes a message that holds no events out of the stream for good.
+// reject removes a message that is no event, now and in the future.
 func (c *consumer) reject(m jetstream.Msg, err error) {
-	text := fmt.Sprintf("%.1000s", m.Data())
-	c.log.Error("message rejected", "subject", m.Subject(), "data", text, "err", err)
+	c.log.Error("message rejected", "subject", m.Subject(), "data", fmt.Sprintf("%.1000s", m.Data()), "err", err)
 	c.metrics.rejected.Add(1)
 	_ = m.Term()
 }
@@ -221,7 +220,7 @@ func (c *consumer) insert(d *delivery) error {
 
 // An event is deleted by what it is, not by its number alone: a message of another deployment, or one from
 // before a restore, may have the number of another event.
-const deleteEventsSQL = `
+const deleteEvents = `
 DELETE FROM outbox AS o
 USING json_to_recordset($1) AS e (id bigint, good_id integer, version integer, event_time timestamptz)
 WHERE o.id = e.id
@@ -246,7 +245,7 @@ func (c *consumer) clearOutbox(deliveries []*delivery) error {
 	if len(rows) == 0 {
 		return nil
 	}
-	_, err := c.db.exec(deleteEventsSQL, string(encodeJSON(rows)))
+	_, err := c.db.exec(deleteEvents, string(encodeJSON(rows)))
 	return err
 }
 
@@ -274,11 +273,11 @@ func (c *consumer) requeueLost(queue jetstream.Consumer) error {
 	return c.relay.requeue(age)
 }
 
-// retry repeats f, with growing pauses, until it succeeds. Meanwhile it keeps deliveries alive.
-func (c *consumer) retry(name string, deliveries []*delivery, f func() error) {
+// retry repeats f with deliveries, with growing pauses, until it succeeds.
+func (c *consumer) retry(name string, deliveries []*delivery, f func([]*delivery) error) {
 	state := &stateLog{log: c.log, name: name}
 	for wait := retryFirst; ; wait = min(2*wait, retryMost) {
-		err := f()
+		err := f(deliveries)
 		state.report(err)
 		if err == nil {
 			return
