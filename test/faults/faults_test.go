@@ -25,8 +25,11 @@ const (
 	answerWithin   = 2 * time.Second // every call, whatever happens but to Postgres
 	callWithin     = 5 * time.Second // every call, whatever happens to Postgres
 	recoversWithin = 5 * time.Second // until every call works, after a fault
-	moreGoroutines = 10              // than before the load
-	moreHeap       = 16 << 20        // bytes
+	// settlesWithin is for the last events to get from the outbox into ClickHouse. A message of a service
+	// that was killed comes to another one after 15 s.
+	settlesWithin  = 20 * time.Second
+	moreGoroutines = 10       // than before the load
+	moreHeap       = 16 << 20 // bytes
 	lanesAtOnce    = 5
 )
 
@@ -115,13 +118,13 @@ func (f fault) run(t testing.TB, own *harness.Servers) string {
 	var events int
 	if f.loses {
 		var lost int
-		events, lost = s.SettledAfterLoss(t, time.Minute)
+		events, lost = s.SettledAfterLoss(t, settlesWithin)
 		t.Logf("ClickHouse has %d events of what Postgres has lost", lost)
 		if lost > 0 && !f.leaves {
 			t.Errorf("ClickHouse has %d events of what Postgres has lost, want none", lost)
 		}
 	} else {
-		events = s.Settled(t, time.Minute)
+		events = s.Settled(t, settlesWithin)
 	}
 	drained := time.Since(stopped)
 	s.load.verify(s)

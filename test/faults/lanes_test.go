@@ -99,6 +99,9 @@ var lanes = []struct {
 		{name: "NATS back without its data", during: withoutTable(emptied("kill", "nats", "jetstream")), recovers: 15 * time.Second},
 		{name: "NATS stream deleted with events in it", during: withoutTable(streamDeleted), recovers: 15 * time.Second},
 	}},
+	{"nats away for long", "nats", []fault{
+		{name: "NATS stopped for forty seconds", during: broken("stop", 40*time.Second, "start", "nats")},
+	}},
 	{"service", "", []fault{
 		{name: "service killed twenty times", during: serviceKilled, kills: true},
 		{name: "one of two services killed and restarted", replicas: 2, during: replicaKilled, kills: true},

@@ -42,7 +42,7 @@ func restored(s *scene) {
 	compareHistory(s, other, s.World)
 	app := other.Start(s)
 	harness.Eventually(s, recoversWithin, app.Ready)
-	other.Settled(s, time.Minute)
+	other.Settled(s, settlesWithin)
 	harness.Equal(s, app.Stop(), nil, "how the service ended")
 
 	s.Exec(s, `DROP SCHEMA public CASCADE; CREATE SCHEMA public`)
