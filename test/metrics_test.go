@@ -46,6 +46,7 @@ func TestMetrics(t *testing.T) {
 	clickhouse.Shut()
 	redis.Shut()
 	a := w.Start(t)
+	begin := time.Now()
 	a.Stock(t, 3)
 	a.List(t, 3, 1)
 	a.List(t, 3, 1)
@@ -68,6 +69,13 @@ func TestMetrics(t *testing.T) {
 	expect("goods_dependency_up", `value:"clickhouse"`, 0)
 	for _, name := range []string{"goods_stream_backlog_messages", "goods_outbox_oldest_age_seconds", "goods_cache_errors_total"} {
 		harness.AwaitEqual(t, 15*time.Second, func() bool { return value(t, a, name, "") > 0 }, true, "%s is more than 0", name)
+	}
+	age := func() float64 { return value(t, a, "goods_outbox_oldest_age_seconds", "") }
+	harness.AwaitEqual(t, 15*time.Second, func() bool {
+		return age() > 1
+	}, true, "the oldest event is older than a second")
+	if got := age(); got > time.Since(begin).Seconds() {
+		t.Errorf("the oldest event is %v s old, %v after it was written", got, time.Since(begin))
 	}
 	// Six goods were listed, half of them for the second time.
 	expect("goods_cache_hits_total", "", 3)

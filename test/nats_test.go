@@ -1,8 +1,10 @@
 package test
 
 import (
+	"context"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -73,26 +75,49 @@ func TestCausesOfNATS(t *testing.T) {
 	}
 }
 
-// The password changes under the service, which is refused again and again until it is changed back.
+// timesLogged returns how often each reason was logged for which the connection to NATS fails.
+func timesLogged(t testing.TB, a *harness.App) map[string]int {
+	t.Helper()
+	times := map[string]int{}
+	for _, line := range a.AwaitLines(t, "nats connection", 0) {
+		times[fmt.Sprint(line["err"])]++
+	}
+	return times
+}
+
+// The password changes under the service, which is refused again and again until it is changed back. The log
+// tells each reason once an outage.
 func TestPasswordOfNATSChanges(t *testing.T) {
 	t.Parallel()
 	n := harness.NewNATS(t, users("goods", ""))
 	w := harness.NewWorld(t, "NATS_URL="+n.URL("admin:admin"))
 	a := w.Start(t, "NATS_URL="+n.URL("goods:goods"))
 	ready(t, a)
-	n.Configure(t, users("another", ""))
-	ready(t, a, "nats")
-	a.Create(t, "meanwhile")
-	<-time.After(3 * time.Second) // several refusals
-	n.Configure(t, users("goods", ""))
-	ready(t, a)
-	harness.Equal(t, w.Settled(t, 30*time.Second), 1, "events")
+	for outage := range 2 {
+		n.Configure(t, users("another", ""))
+		ready(t, a, "nats")
+		a.Create(t, "meanwhile")
+		<-time.After(2 * time.Second) // several refusals
+		n.Configure(t, users("goods", ""))
+		ready(t, a)
+		harness.Equal(t, w.Settled(t, 20*time.Second), outage+1, "events")
+		refusals := 0
+		for reason, times := range timesLogged(t, a) {
+			if times > outage+1 {
+				t.Errorf("%q was logged %d times in %d outages", reason, times, outage+1)
+			}
+			if strings.Contains(strings.ToLower(reason), "authorization violation") {
+				refusals = max(refusals, times)
+			}
+		}
+		harness.Equal(t, refusals, outage+1, "lines in the log that tell the reason")
+	}
 
 	// The same from the start.
 	n.Configure(t, users("another", ""))
 	b := w.Start(t, "NATS_URL="+n.URL("goods:goods"))
 	ready(t, b, "nats")
-	<-time.After(3 * time.Second)
+	<-time.After(2 * time.Second)
 	n.Configure(t, users("goods", ""))
 	ready(t, b)
 }
@@ -112,6 +137,9 @@ func TestSmallMessages(t *testing.T) {
 	}
 	makeGoods(t, w, 1000)
 	harness.Equal(t, w.Settled(t, 30*time.Second), 1012, "events")
+	if inserts := len(insertSizes(t, w)); inserts > 40 {
+		t.Errorf("the events came in %d messages: large ones must not divide the others", inserts)
+	}
 }
 
 // A stream of another application is left as it is, with what is in it, and the log says what to change.
@@ -127,6 +155,7 @@ func TestForeignStream(t *testing.T) {
 		"our name, a log of other subjects":         {true, "OTHER", jetstream.LimitsPolicy},
 		"our name, with our subject besides":        {true, "OTHER OURS", jetstream.WorkQueuePolicy},
 		"our name and subject, with other messages": {true, "OTHER OURS", jetstream.LimitsPolicy},
+		"our name and subject, but no work queue":   {true, "OURS", jetstream.LimitsPolicy},
 		"another name, with our subject":            {false, "OTHER OURS", jetstream.LimitsPolicy},
 		"another name, a work queue of our subject": {false, "OTHER OURS", jetstream.WorkQueuePolicy},
 	} {
@@ -142,9 +171,9 @@ func TestForeignStream(t *testing.T) {
 			config.Subjects = strings.Fields(names.Replace(test.subjects))
 			foreign, err := w.JS.CreateStream(t.Context(), config)
 			harness.Must(t, err)
-			t.Cleanup(func() { _ = w.JS.DeleteStream(t.Context(), config.Name) }) // it may have been
+			t.Cleanup(func() { _ = w.JS.DeleteStream(context.Background(), config.Name) }) // it may have been
 			for range 2 {
-				_, err = w.JS.Publish(t.Context(), other, []byte("[]"))
+				_, err = w.JS.Publish(t.Context(), config.Subjects[0], []byte("[]"))
 				harness.Must(t, err)
 			}
 			before := foreign.CachedInfo().Config
@@ -176,4 +205,70 @@ func TestForeignStream(t *testing.T) {
 			harness.Equal(t, w.Settled(t, 30*time.Second), 8, "events")
 		})
 	}
+}
+
+// The same when the other stream takes the place of the service's while that one runs.
+func TestForeignStreamLater(t *testing.T) {
+	w, a := started(t)
+	ready(t, a)
+	config := jetstream.StreamConfig{Name: w.Stream() + "-OF-ANOTHER", Subjects: []string{w.Subject()}}
+	var foreign jetstream.Stream
+	harness.Eventually(t, 10*time.Second, func() (err error) { // the service may be faster
+		harness.Must(t, w.JS.DeleteStream(t.Context(), w.Stream()))
+		foreign, err = w.JS.CreateStream(t.Context(), config)
+		return err
+	})
+	t.Cleanup(func() { _ = w.JS.DeleteStream(context.Background(), config.Name) }) // it may have been
+	makeGoods(t, w, 5)
+	warned(t, a, `"msg":"failing"`, `"name":"relay"`)
+	info, err := foreign.Info(t.Context())
+	harness.Must(t, err)
+	harness.Equal(t, info.State.Msgs, 0, "messages in the foreign stream")
+	harness.Must(t, w.JS.DeleteStream(t.Context(), config.Name))
+	harness.Equal(t, w.Settled(t, 20*time.Second), 5, "events")
+}
+
+// What NATS refuses, here because the stream is full, waits in the outbox and does not count as published.
+func TestStreamFull(t *testing.T) {
+	t.Parallel()
+	w := harness.NewWorld(t)
+	p := w.NewProxy(t, "CLICKHOUSE_URL")
+	a := w.Start(t)
+	ready(t, a)
+	p.Shut()
+	full := stream(t, w).CachedInfo().Config
+	full.MaxMsgs = 1
+	_, err := w.JS.UpdateStream(t.Context(), full)
+	harness.Must(t, err)
+	makeGoods(t, w, 20)
+	warned(t, a, `"msg":"failing"`, `"name":"relay"`, "maximum messages exceeded")
+	p.Pass()
+	harness.Equal(t, w.Settled(t, 20*time.Second), 20, "events")
+	harness.Equal(t, value(t, a, "goods_events_requeued_total", ""), 0, "events that NATS lost")
+}
+
+// With NATS_REPLICAS=3 a cluster may lose a server, here the one that leads the stream.
+func TestReplicasOfNATS(t *testing.T) {
+	t.Parallel()
+	cluster := harness.NewNATSCluster(t, 3)
+	var urls []string
+	for _, n := range cluster {
+		urls = append(urls, "nats://"+n.Address)
+	}
+	w := harness.NewWorld(t, "NATS_URL="+strings.Join(urls, ","), "NATS_REPLICAS=3")
+	a := w.Start(t)
+	ready(t, a)
+	show := w.HideLog(t)
+	makeGoods(t, w, 12)
+	published(t, w)
+	info := stream(t, w).CachedInfo()
+	harness.Equal(t, info.Config.Replicas, 3, "replicas of the stream")
+	leader, err := strconv.Atoi(info.Cluster.Leader)
+	harness.Must(t, err)
+	cluster[leader-1].Kill(t)
+	show()
+	a.Create(t, "afterwards")
+	harness.Equal(t, w.Settled(t, 30*time.Second), 13, "events")
+	ready(t, a)
+	harness.Equal(t, value(t, a, "goods_events_requeued_total", ""), 0, "events that NATS lost")
 }

@@ -103,6 +103,11 @@ DROP ROLE %[1]s`, user))
 				ready(t, a)
 				a.Create(t, "last")
 				w.Settled(t, time.Minute)
+				for _, part := range []string{"relay", "consumer", "store events", "clear outbox"} {
+					harness.AwaitEqual(t, 5*time.Second, func() int {
+						return inLog(a, "failing", part) - inLog(a, "recovered", part)
+					}, 0, "failures of %s that are not over", part)
+				}
 				harness.Must(t, a.Stop())
 				harness.Equal(t, failures(), 1, "lines \"failing\" in the log")
 				harness.Equal(t, inLog(a, "recovered", name), 1, "lines \"recovered\" in the log")
@@ -183,7 +188,8 @@ func TestOutboxOutOfReach(t *testing.T) {
 	w, a := started(t)
 	ready(t, a)
 	w.Hold(t, `LOCK TABLE outbox IN ACCESS EXCLUSIVE MODE`)
-	for begin := time.Now(); time.Since(begin) < 8*time.Second; <-time.After(100 * time.Millisecond) {
+	begin := time.Now()
+	for ; time.Since(begin) < 8*time.Second; <-time.After(100 * time.Millisecond) {
 		asked := time.Now()
 		r := a.Call(t, "GET", "/readyz", "")
 		if r.Status != 200 || !strings.Contains(r.Body, `"postgres":"up"`) {
@@ -194,6 +200,10 @@ func TestOutboxOutOfReach(t *testing.T) {
 		if took := time.Since(asked); took > 2*time.Second {
 			t.Errorf("/readyz, /metrics and a list took %v", took)
 		}
+	}
+	locked := time.Since(begin).Seconds()
+	if age := value(t, a, "goods_outbox_sample_age_seconds", ""); age < locked-1 || age > locked+10 {
+		t.Errorf("the figures of the outbox are %v s old, it was locked for %v s", age, locked)
 	}
 	harness.Equal(t, inLog(a, "failing", "postgres"), 0, "failures of Postgres in the log")
 }

@@ -56,6 +56,13 @@ func TestLeastPrivilege(t *testing.T) {
 	err = user.Exec(t.Context(), `CREATE TABLE mine (Id UInt8) ENGINE = Memory`)
 	harness.Equal(t, err != nil, true, "the user may not create tables")
 	everything(t, w, w.Start(t))
+
+	// Without its tables it says so.
+	harness.Must(t, w.ClickHouse.Exec(t.Context(), `DROP TABLE goods_log`))
+	_, stderr, success := goods(t, w, "migrate clickhouse")
+	if success || !has(stderr, "migrate clickhouse 0001_goods_log.sql") {
+		t.Errorf("migrate clickhouse without the right to: got success %v and %q", success, stderr)
+	}
 }
 
 // PgBouncer works in session mode, without any other setting.

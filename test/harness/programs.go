@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -68,6 +69,30 @@ func NewNATS(t testing.TB, config string) *NATS {
 	Must(t, os.WriteFile(n.path, []byte(n.fixed+config), 0o600))
 	n.process = Run(t, n.Address, "nats-server", "-c", n.path)
 	return n
+}
+
+// NewNATSCluster runs n of them that form a cluster, until the test ends. They are named "1" and so on.
+func NewNATSCluster(t testing.TB, n int) (servers []*NATS) {
+	t.Helper()
+	var addresses, routes []string
+	for range n {
+		address := FreeAddress(t)
+		addresses = append(addresses, address)
+		routes = append(routes, "nats://"+address)
+	}
+	for i, address := range addresses {
+		servers = append(servers, NewNATS(t, fmt.Sprintf(`
+server_name: "%d"
+cluster { name: test, listen: %q, routes: [%s] }
+`, i+1, address, strings.Join(routes, ", "))))
+	}
+	return servers
+}
+
+// Kill ends the server as a crash would.
+func (n *NATS) Kill(t testing.TB) {
+	t.Helper()
+	Must(t, n.process.Kill())
 }
 
 // Configure changes the configuration under the running server.

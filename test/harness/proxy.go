@@ -4,6 +4,7 @@ import (
 	"io"
 	"net"
 	"net/url"
+	"slices"
 	"sync"
 	"testing"
 )
@@ -118,6 +119,25 @@ func (p *Proxy) Freeze() (resume func()) {
 		p.Pass()
 		close(thawed)
 	})
+}
+
+// Strand lets nothing pass any more on the connections that there are. They stay open until the test ends, as
+// when the machine at their end has vanished. New ones work.
+func (p *Proxy) Strand(t testing.TB) {
+	t.Helper()
+	p.mu.Lock()
+	stranded := slices.Clone(p.conns)
+	p.mu.Unlock()
+	ended := make(chan struct{})
+	t.Cleanup(func() { close(ended) })
+	hook := func(to net.Conn, part []byte) error {
+		if slices.Contains(stranded, to) {
+			<-ended
+			return io.ErrClosedPipe
+		}
+		return Forward(to, part)
+	}
+	p.Spoil(hook, hook)
 }
 
 // Shut cuts every connection, and each new one at its first byte, until Pass.
