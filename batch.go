@@ -19,12 +19,12 @@ import (
 //
 //   - Who joins: a call joins only a batch that has not begun, so a read sees every write that was answered
 //     before the read was sent. No two calls of a batch share a conflictKey.
-//   - Who waits: every caller, for requestTimeout at most. No batch waits for a good that another
-//     transaction has locked: a call that needs it is left out, once more in the next batch, and is then
-//     retried alone, where it may wait. At most loneRequests retries run at a time.
-//   - What is retried: a call that its batch left out (errRetryAlone), and every call of a batch that failed,
-//     alone and once. So a failure stays with its own call, and a pooled connection that died while it was
-//     idle fails no call at all.
+//   - Who waits: every caller, for requestTimeout at most. No batch waits for a good that another transaction
+//     has locked: it leaves out the call that needs it, which joins the next batch. When that one leaves it
+//     out, too, the call is retried alone, where it may wait. At most loneRequests retries run at a time.
+//   - What is retried: a call that two batches left out, and every call of a batch that failed, alone and
+//     once. So a failure stays with its own call, and a pooled connection that died while it was idle fails
+//     no call at all.
 //   - What is never repeated: a write of unknown outcome (errOutcomeUnknown). Its caller gets an error, and
 //     decides.
 
@@ -34,8 +34,9 @@ const (
 )
 
 var (
-	// errRetryAlone is the result of a request that its batch left out: it would have made the others wait.
-	errRetryAlone = errors.New("to be retried alone")
+	// errLeftOut is the result of a request that its batch left out, as it would have made the others wait.
+	// The first time it joins the next batch; the second time it is retried alone.
+	errLeftOut = errors.New("left out")
 	// errNextBatch is the result of a request that its batch did not run: it waits for the next, before all
 	// others.
 	errNextBatch = errors.New("belongs to the next batch")
@@ -56,9 +57,9 @@ type result[A any] struct {
 type batcher[Q batchable, A any] struct {
 	name  string
 	limit int // requests in one batch
-	// run answers a batch: it fills in results[i] for requests[i], or returns one error for all of them. The
-	// error of a result may be errRetryAlone or errNextBatch, unless alone. One goroutine runs all batches;
-	// retries, of one request and with alone, run beside it.
+	// run answers a batch: it fills in results[i] for requests[i], or returns one error for all of them. One
+	// goroutine runs all batches. Retries run beside it: they have one request, and alone is true. Only
+	// without alone may the error of a result be errLeftOut or errNextBatch.
 	run   func(requests []Q, results []result[A], alone bool) error
 	sizes *histogram
 	log   *slog.Logger
@@ -71,7 +72,6 @@ type batcher[Q batchable, A any] struct {
 
 // call is a request whose caller waits.
 type call[Q batchable, A any] struct {
-	ctx       context.Context
 	request   Q
 	answer    chan result[A]        // has room for the one result, so that a batch never waits for a caller
 	abandoned atomic.Bool           // the caller has left
@@ -91,12 +91,12 @@ func newBatcher[Q batchable, A any](name string, limit int, run func([]Q, []resu
 	}
 }
 
-// do answers a request, or fails when ctx ends or after requestTimeout. A request that no batch has taken
-// by then is never run; one that was taken is finished, and nobody gets its result. The error of a caller
-// that has not waited to the end wraps context.Canceled or context.DeadlineExceeded, and the failure for
-// which the request was to be retried, if any.
+// do answers a request, or fails when ctx ends or after requestTimeout. What no batch or retry runs at that
+// moment is never run any more; what one does run is finished, and nobody gets its result. The error of a
+// caller that has not waited to the end wraps context.Canceled or context.DeadlineExceeded, and the failure
+// for which the request was to be retried, if any.
 func (b *batcher[Q, A]) do(ctx context.Context, request Q) (answer A, err error) {
-	c := &call[Q, A]{ctx: ctx, request: request, answer: make(chan result[A], 1)}
+	c := &call[Q, A]{request: request, answer: make(chan result[A], 1)}
 	b.join(c)
 	timeout := time.NewTimer(requestTimeout) // much cheaper than a context with a timeout
 	defer timeout.Stop()
@@ -149,10 +149,10 @@ func (b *batcher[Q, A]) runAll() {
 			case err != nil:
 				c.failure.Store(&err)
 				go b.retryAlone(c)
-			case results[i].err == errRetryAlone && c.leftOut:
+			case results[i].err == errLeftOut && c.leftOut:
 				c.failure.Store(&errLocked)
 				go b.retryAlone(c)
-			case results[i].err == errRetryAlone: // most locks are short
+			case results[i].err == errLeftOut: // most locks are short
 				c.leftOut = true
 				postponed = append(postponed, c)
 			case results[i].err == errNextBatch:
@@ -184,7 +184,7 @@ func (b *batcher[Q, A]) next() []*call[Q, A] {
 	var taken map[any]bool // conflict keys
 	left := b.waiting[:0]
 	for _, c := range b.waiting {
-		if c.abandoned.Load() || c.ctx.Err() != nil {
+		if c.abandoned.Load() {
 			continue
 		}
 		key := c.request.conflictKey()

@@ -200,7 +200,7 @@ func TestBatchStragglersHoldUpNobody(t *testing.T) {
 			_ = echo(requests, results, isAlone) // has no error
 			for i, q := range requests {
 				if q.n < 0 && !isAlone {
-					results[i].err = errRetryAlone
+					results[i].err = errLeftOut
 				}
 			}
 			return nil

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -20,7 +21,7 @@ const (
 	cacheFormat  = 1                      // of the JSON of a good: another format gets other keys
 
 	cacheWriters   = 4  // goroutines that write to Redis
-	cacheMaxWrites = 64 // writes that wait for them, of up to smallReply each; more are dropped
+	cacheMaxWrites = 64 // writes that wait for them: goods of smallReply, or keys of a move; more are dropped
 	// cacheConns are enough for every batcher of lists, for the writers, and for a ping.
 	cacheConns = 4*(1+loneRequests) + cacheWriters + 1
 
@@ -35,8 +36,8 @@ type key = int64
 func newKey(id, version int32) key { return int64(id)<<32 | int64(version) }
 
 // cache keeps versions of goods, as the JSON that a list sends: all in Redis, for all replicas, and the small
-// ones that came last in the process as well, which then answers a seventh more hot lists a second. Errors of
-// Redis count as misses, and open a circuit breaker. All methods may be called concurrently.
+// ones that came last in the process, too, with which hot lists are a seventh faster. Errors of Redis count
+// as misses, and open a circuit breaker. All methods may be called concurrently.
 type cache struct {
 	pool      *redis.Pool
 	namespace string
@@ -169,12 +170,12 @@ func (c *cache) place(k key) *localGood {
 // how many they are.
 func (c *cache) getShared(serverID string, keys []key, missing []int, goods [][]byte) int {
 	var commands [][]any
-	for n, i := range missing {
-		if n%cacheChunk == 0 {
-			commands = append(commands, nil)
+	for chunk := range slices.Chunk(missing, cacheChunk) {
+		var names []any
+		for _, i := range chunk {
+			names = append(names, c.redisKey(serverID, keys[i]))
 		}
-		last := len(commands) - 1
-		commands[last] = append(commands[last], c.redisKey(serverID, keys[i]))
+		commands = append(commands, names)
 	}
 	found := 0
 	for n, reply := range c.run("MGET", commands) {
@@ -188,7 +189,7 @@ func (c *cache) getShared(serverID string, keys []key, missing []int, goods [][]
 		}
 	}
 	if found > 0 {
-		c.keep(serverID, keys, goods)
+		c.putLocal(serverID, keys, goods)
 	}
 	return found
 }
@@ -201,9 +202,9 @@ func isGood(value []byte, k key) bool {
 	return bytes.HasPrefix(value, start) && bytes.HasSuffix(value, []byte(`Z"}`))
 }
 
-// keep holds goods in the process. Those that are nil are left out. The caller must not change them
+// putLocal stores goods in the process. Those that are nil are left out. The caller must not change them
 // afterwards.
-func (c *cache) keep(serverID string, keys []key, goods [][]byte) {
+func (c *cache) putLocal(serverID string, keys []key, goods [][]byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.serverID != serverID {
@@ -218,7 +219,7 @@ func (c *cache) keep(serverID string, keys []key, goods [][]byte) {
 
 // put stores goods, in Redis in the background. The caller must not change them afterwards.
 func (c *cache) put(serverID string, keys []key, goods [][]byte) {
-	c.keep(serverID, keys, goods)
+	c.putLocal(serverID, keys, goods)
 	var commands [][]any
 	for i, k := range keys {
 		commands = append(commands, []any{c.redisKey(serverID, k), goods[i], "EX", int(cacheTTL.Seconds())})
@@ -226,9 +227,9 @@ func (c *cache) put(serverID string, keys []key, goods [][]byte) {
 	c.runLater("SET", commands)
 }
 
-// drop deletes goods from Redis in the background. No list asks for them any more: it frees memory before
-// their cacheTTL ends.
-func (c *cache) drop(serverID string, keys []key) {
+// dropShared deletes goods from Redis in the background. No list asks for them any more, so what the process
+// has of them does no harm: it only frees memory of Redis before their cacheTTL ends.
+func (c *cache) dropShared(serverID string, keys []key) {
 	var commands [][]any
 	for _, k := range keys {
 		commands = append(commands, []any{c.redisKey(serverID, k)})

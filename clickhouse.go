@@ -54,8 +54,9 @@ func (l *eventLog) ping(ctx context.Context) error {
 // insert adds events in one INSERT, and returns when they are stored.
 func (l *eventLog) insert(events []event) error {
 	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
-	// A second late: the driver watches ctx beside Send, may see the end of ctx before that of Send, and
-	// would then close the connection, which the next INSERT may have by now.
+	// cancel is called a second later than usual. The driver has a goroutine that closes the connection when
+	// ctx ends before Send does. If ctx ended right after Send, that goroutine could miss the end of Send,
+	// and close a connection that the next INSERT uses already.
 	defer func() { time.AfterFunc(time.Second, cancel) }()
 	if l.syncInserts.Load() {
 		ctx = clickhouse.Context(ctx, clickhouse.WithSettings(clickhouse.Settings{
@@ -83,8 +84,8 @@ INSERT INTO goods_log (Id, ProjectId, Name, Description, Priority, Removed, Even
 	return batch.Send()
 }
 
-// migrate runs the files of sql/clickhouse. A user that may not create tables needs none created: if the
-// table is there, a refusal does not count.
+// migrate runs the files of sql/clickhouse. For users that may not create tables the operator does that: a
+// refusal is no error if the table is there.
 func (l *eventLog) migrate() error {
 	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
 	defer cancel()

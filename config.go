@@ -57,8 +57,8 @@ var errUnfit = errors.New("unfit")
 // readConfig reports every bad variable at once, and never a value: it may hold a password. White space
 // around values is dropped: a secret from a file often ends with a line break.
 func readConfig(getenv func(string) string) (*config, error) {
-	// lib/pq reads PG… variables as well. It names the one that it refuses, and its value, which is no
-	// secret.
+	// lib/pq also reads PG… variables, such as PGSSLMODE. Its error names the bad one and its value, and may
+	// be shown: those that it refuses hold no secrets.
 	if _, err := pq.NewConfig("postgres://user@host/"); err != nil {
 		return nil, err
 	}
@@ -134,8 +134,8 @@ func checkAddress(value string) error {
 	return err
 }
 
-// parseURL parses a URL with one of these schemes. An @ in the path or the query means that a / or ? in the
-// password was not percent-encoded, and ended the host too early.
+// parseURL parses a URL with one of these schemes. An @ in the path or the query means that the password has
+// a / or ? that was not percent-encoded: url.Parse then takes its rest for a path or a query.
 func parseURL(value string, schemes ...string) (*url.URL, error) {
 	u, err := url.Parse(value)
 	if err != nil {

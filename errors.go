@@ -66,8 +66,8 @@ var (
 	errOutcomeUnknown = errors.New("outcome unknown")
 	// errLocked is the error of a request that waited too long for a good that another transaction holds.
 	errLocked = errors.New("another transaction holds the good")
-	// errServerChanged is the error of a list during whose reading the database moved to another server,
-	// again and again.
+	// errServerChanged is the error of a list that found the database on another server after each attempt,
+	// or a page without the goods that were there a moment before.
 	errServerChanged = errors.New("the database has moved to another server")
 	// errNoMemory is the error of a reply that waited too long for other large replies to be read.
 	errNoMemory = errors.New("other large replies take all memory that there is for them")

@@ -18,10 +18,12 @@ const (
 	insertWorkers = 2                // INSERTs at a time: more are slower, as each makes a part
 	eventTimeout  = 5 * time.Second  // for one exchange with ClickHouse, or one statement of Postgres
 	ackWait       = 3 * eventTimeout // longer than an INSERT, a migration after it, and retryMost
-	lostAfter     = 2 * eventTimeout // longer than from looking at the stream to the end of the UPDATE
-	lookInterval  = lostAfter / 2    // between two looks for lost events
-	retryFirst    = 100 * time.Millisecond
-	retryMost     = 2 * time.Second
+	// lostAfter is how much longer ago than the oldest message of the stream an event must have been published
+	// to count as lost: longer than from looking at the stream to the end of the UPDATE after it.
+	lostAfter    = 2 * eventTimeout
+	lookInterval = lostAfter / 2 // between two looks for lost events
+	retryFirst   = 100 * time.Millisecond
+	retryMost    = 2 * time.Second
 )
 
 // event is one version of a good, as it is in the outbox and in a message.
@@ -70,17 +72,18 @@ type consumer struct {
 
 // run consumes, forever.
 func (c *consumer) run() {
-	c.retry("migrate clickhouse", nil, func([]*delivery) error { return c.events.migrate() })
+	c.retry("migrate clickhouse", nil, c.events.migrate)
 	state := &stateLog{log: c.log, name: "consumer"}
 	for {
-		state.report(c.consume(state))
+		err := c.consume(state) // reports to state while it works
+		state.report(err)
 		time.Sleep(time.Second)
 	}
 }
 
 // consume consumes until NATS fails. It reports to state that it works.
 func (c *consumer) consume(state *stateLog) error {
-	queue, err := c.open()
+	queue, err := c.open() // the consumer of NATS, which all replicas share
 	if err != nil {
 		return err
 	}
@@ -166,8 +169,8 @@ func (c *consumer) store(messages []jetstream.Msg) {
 		}
 		deliveries = append(deliveries, &delivery{message: m, events: events})
 	}
-	c.retry("store events", deliveries, c.insertAll)
-	c.retry("clear outbox", deliveries, c.clearOutbox)
+	c.retry("store events", deliveries, func() error { return c.insertAll(deliveries) })
+	c.retry("clear outbox", deliveries, func() error { return c.clearOutbox(deliveries) })
 	for _, d := range deliveries {
 		_ = d.message.Ack() // one that is lost only repeats the events
 	}
@@ -180,9 +183,10 @@ func keepAlive(deliveries []*delivery) {
 	}
 }
 
-// reject removes a message that is no event, now and in the future.
+// reject takes a message that holds no events out of the stream for good.
 func (c *consumer) reject(m jetstream.Msg, err error) {
-	c.log.Error("message rejected", "subject", m.Subject(), "data", fmt.Sprintf("%.1000s", m.Data()), "err", err)
+	text := fmt.Sprintf("%.1000s", m.Data())
+	c.log.Error("message rejected", "subject", m.Subject(), "data", text, "err", err)
 	c.metrics.rejected.Add(1)
 	_ = m.Term()
 }
@@ -220,7 +224,7 @@ func (c *consumer) insert(d *delivery) error {
 
 // An event is deleted by what it is, not by its number alone: a message of another deployment, or one from
 // before a restore, may have the number of another event.
-const deleteEvents = `
+const deleteEventsSQL = `
 DELETE FROM outbox AS o
 USING json_to_recordset($1) AS e (id bigint, good_id integer, version integer, event_time timestamptz)
 WHERE o.id = e.id
@@ -245,12 +249,14 @@ func (c *consumer) clearOutbox(deliveries []*delivery) error {
 	if len(rows) == 0 {
 		return nil
 	}
-	_, err := c.db.exec(deleteEvents, string(encodeJSON(rows)))
+	_, err := c.db.exec(deleteEventsSQL, string(encodeJSON(rows)))
 	return err
 }
 
-// requeueLost has events published again that NATS lost: they are in the outbox, but were published before
-// the oldest message that the stream has.
+// requeueLost has events published again that NATS lost. A message leaves the stream when it is acknowledged,
+// and its events leave the outbox before that. So what is still in the outbox, but was published before the
+// oldest message that the stream has, is in no message; in an empty stream there is nothing at all. What was
+// published within lostAfter is left for later.
 func (c *consumer) requeueLost(queue jetstream.Consumer) error {
 	ctx, cancel := context.WithTimeout(context.Background(), natsTimeout)
 	defer cancel()
@@ -273,11 +279,11 @@ func (c *consumer) requeueLost(queue jetstream.Consumer) error {
 	return c.relay.requeue(age)
 }
 
-// retry repeats f with deliveries, with growing pauses, until it succeeds.
-func (c *consumer) retry(name string, deliveries []*delivery, f func([]*delivery) error) {
+// retry repeats f, with growing pauses, until it succeeds. Meanwhile it keeps deliveries alive.
+func (c *consumer) retry(name string, deliveries []*delivery, f func() error) {
 	state := &stateLog{log: c.log, name: name}
 	for wait := retryFirst; ; wait = min(2*wait, retryMost) {
-		err := f(deliveries)
+		err := f()
 		state.report(err)
 		if err == nil {
 			return

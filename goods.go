@@ -77,8 +77,8 @@ type service struct {
 	edits        *batcher[editRequest, good]
 	moves        *batcher[moveRequest, []position]
 	gets         *batcher[getRequest, good]
-	allGoods     *pages
-	projectGoods *pages
+	allGoods     *pageReader
+	projectGoods *pageReader
 
 	histories, largeHistories *batcher[historyRequest, []byte]
 }
@@ -101,8 +101,8 @@ func newService(db *database, cache *cache, events *eventLog, wakeRelay func(), 
 	s.gets = newBatcher("get", batchLimit, s.getGoods, metrics, log)
 	s.histories = newBatcher("history", batchLimit, s.readHistory, metrics, log)
 	s.largeHistories = newBatcher("large history", batchLimit, s.readHistory, metrics, log)
-	s.allGoods = newPages("list", listVersionsSQL, listGoodsSQL, s, metrics, log)
-	s.projectGoods = newPages("project list", projectVersionsSQL, projectGoodsSQL, s, metrics, log)
+	s.allGoods = newPageReader("list", listVersionsSQL, listGoodsSQL, s, metrics, log)
+	s.projectGoods = newPageReader("project list", projectVersionsSQL, projectGoodsSQL, s, metrics, log)
 	return s
 }
 
@@ -193,7 +193,8 @@ type editRequest struct {
 	Version     *int32  `json:"version"` // that the good must have, unless nil
 }
 
-// conflictKey keeps two requests for one good out of a batch: one statement changes a row once.
+// conflictKey keeps two requests for one good out of a batch: one statement changes a row once. The id is
+// enough: all projects have their ids from one sequence.
 func (q editRequest) conflictKey() any { return q.ID }
 
 // Update changes the name, and the description unless that is nil. It returns the good as it is then.
@@ -220,7 +221,7 @@ WHERE id = $1
 FOR UPDATE`
 
 // editGoods leaves out what another transaction has locked, so that one such good does not hold up the
-// others. A request that is retried alone waits for the lock first, and then finds it taken by its own
+// others. A request that is retried alone waits for the lock first: the query does not skip a lock of its own
 // transaction.
 func (s *service) editGoods(requests []editRequest, results []result[good], alone bool) error {
 	var before, after []key
@@ -252,7 +253,7 @@ func (s *service) editGoods(requests []editRequest, results []result[good], alon
 			case "missing":
 				r.err = errGoodNotFound
 			default:
-				r.err = errRetryAlone
+				r.err = errLeftOut
 			}
 			return nil
 		})
@@ -264,8 +265,8 @@ func (s *service) editGoods(requests []editRequest, results []result[good], alon
 	// Unless the database has moved to another server meanwhile: there, the same versions may have other
 	// content (see database.serverID).
 	if s.db.id() == serverID {
-		s.cache.keep(serverID, after, goods) // the next list needs them
-		s.cache.drop(serverID, before)
+		s.cache.putLocal(serverID, after, goods) // the next list needs them
+		s.cache.dropShared(serverID, before)
 	}
 	return nil
 }

@@ -28,7 +28,7 @@ func newHealth(log *slog.Logger, pings map[string]func(context.Context) error) *
 	return &health{log: log, pings: pings, started: time.Now(), lastOK: map[string]time.Time{}}
 }
 
-// watch pings each server forever.
+// watch begins to ping each server, which goes on forever.
 func (h *health) watch() {
 	for name, ping := range h.pings {
 		go h.watchServer(name, ping)

@@ -33,9 +33,10 @@ type pastVersion struct {
 	Time        time.Time `json:"time"`
 }
 
-// History returns the versions of a good that ClickHouse holds, the newest first, as JSON. A good that it
-// does not know has none. It is the log, a little behind the list. The caller must call release when the
-// page has been sent. Any error is errUnavailable: without ClickHouse, without memory, or too late.
+// History returns the versions of a good that ClickHouse holds, the newest first, as JSON; none for a good
+// that ClickHouse does not know. They come from the log, which is a little behind the list. The caller must
+// call release when the page has been sent. Any error is errUnavailable: without ClickHouse, without memory,
+// or too late.
 func (s *service) History(ctx context.Context, q historyRequest) (page []byte, release func(), err error) {
 	read := func(ctx context.Context, maxBytes int, reserved bool) ([]byte, error) {
 		q.maxBytes = maxBytes

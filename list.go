@@ -14,8 +14,8 @@ import (
 
 const (
 	maxLimit      = 1000 // goods on one page
-	maxBatchGoods = 1000 // goods of a batch that are read at once: many small pages then need little memory
-	// snapshotAttempts is how often a batch starts anew because the service got another server meanwhile.
+	maxBatchGoods = 1000 // goods that one statement of a batch asks for; a batch of more is read in parts
+	// snapshotAttempts is how often a batch is read again because the database has moved to another server.
 	snapshotAttempts = 3
 )
 
@@ -28,9 +28,9 @@ type listRequest struct {
 
 func (q listRequest) conflictKey() any { return nil }
 
-// List returns a page as JSON, with the counts of all goods, or of those of one project. It is one moment
-// of the list, after the request. The caller must call release when the page has been sent. Failures:
-// errCampaignNotFound.
+// List returns a page as JSON, with the counts of all goods, or of those of one project. It shows the list as
+// it was at one moment after the request arrived. The caller must call release when the page has been sent.
+// Failures: errCampaignNotFound.
 func (s *service) List(ctx context.Context, q listRequest) (page []byte, release func(), err error) {
 	p := s.allGoods
 	if q.projectID != 0 {
@@ -45,12 +45,12 @@ func (s *service) List(ctx context.Context, q listRequest) (page []byte, release
 	})
 }
 
-// pages reads one kind of list, with two queries that take the same arguments.
-type pages struct {
+// pageReader reads the pages of one kind of list, with two queries that take the same arguments.
+type pageReader struct {
 	db           *database
 	cache        *cache
-	versions     string
-	goods        string
+	versionsSQL  string
+	goodsSQL     string
 	building     *sync.Mutex // a large page: see replyMemory
 	batcher      *batcher[listRequest, []byte]
 	largeBatcher *batcher[listRequest, []byte] // for pages whose memory is reserved
@@ -68,15 +68,22 @@ var projectVersionsSQL string
 //go:embed sql/queries/project_goods.sql
 var projectGoodsSQL string
 
-func newPages(name, versions, goods string, s *service, metrics *metrics, log *slog.Logger) *pages {
-	p := &pages{db: s.db, cache: s.cache, building: s.replies.buildingList, versions: versions, goods: goods}
+func newPageReader(name, versionsSQL, goodsSQL string, s *service, metrics *metrics,
+	log *slog.Logger) *pageReader {
+	p := &pageReader{
+		db:          s.db,
+		cache:       s.cache,
+		versionsSQL: versionsSQL,
+		goodsSQL:    goodsSQL,
+		building:    s.replies.buildingList,
+	}
 	p.batcher = newBatcher(name, batchLimit, p.read, metrics, log)
 	p.largeBatcher = newBatcher("large "+name, batchLimit, p.readOne, metrics, log)
 	return p
 }
 
 // read answers a batch of lists. Equal requests share one page.
-func (p *pages) read(requests []listRequest, results []result[[]byte], _ bool) error {
+func (p *pageReader) read(requests []listRequest, results []result[[]byte], _ bool) error {
 	answers := map[listRequest]*result[[]byte]{}
 	var distinct []listRequest
 	for _, q := range requests {
@@ -98,8 +105,9 @@ func (p *pages) read(requests []listRequest, results []result[[]byte], _ bool) e
 	return nil
 }
 
-// readOne answers the first request, and those that are equal: no large page is held until others are read.
-func (p *pages) readOne(requests []listRequest, results []result[[]byte], _ bool) error {
+// readOne answers the first request, and those that are equal, and leaves the rest to the next batch:
+// otherwise the first large page would stay in memory until the last one is read.
+func (p *pageReader) readOne(requests []listRequest, results []result[[]byte], _ bool) error {
 	p.building.Lock()
 	defer p.building.Unlock()
 	answers := map[listRequest]*result[[]byte]{requests[0]: {}}
@@ -136,7 +144,7 @@ func (s *snapshot) exceeds(maxBytes int) bool { return s.bytes > int64(maxBytes)
 // readTogether puts the answers to requests, which are all different, into answers. Each page is one
 // moment: the counts and the versions come from one statement, and the content of a version never changes.
 // Where a good is not cached, the page is read again, whole, in one statement of its own.
-func (p *pages) readTogether(requests []listRequest, answers map[listRequest]*result[[]byte]) error {
+func (p *pageReader) readTogether(requests []listRequest, answers map[listRequest]*result[[]byte]) error {
 	for range snapshotAttempts {
 		// A key names a version in one database only: the one whose id is the same before and after the
 		// query.
@@ -173,9 +181,9 @@ func arguments(requests []listRequest) []any {
 }
 
 // readVersions reads which versions are on the pages.
-func (p *pages) readVersions(requests []listRequest) ([]snapshot, error) {
+func (p *pageReader) readVersions(requests []listRequest) ([]snapshot, error) {
 	snapshots := make([]snapshot, len(requests))
-	err := p.db.query(p.versions, arguments(requests), func(rows *sql.Rows) error {
+	err := p.db.query(p.versionsSQL, arguments(requests), func(rows *sql.Rows) error {
 		var n int
 		s := snapshot{exists: true}
 		if err := rows.Scan(&n, &s.total, &s.removed, &s.bytes, (*pq.Int64Array)(&s.keys)); err != nil {
@@ -188,7 +196,7 @@ func (p *pages) readVersions(requests []listRequest) ([]snapshot, error) {
 }
 
 // answerCached answers the requests that need no other goods than the cache has, and returns the rest.
-func (p *pages) answerCached(serverID string, requests []listRequest, snapshots []snapshot,
+func (p *pageReader) answerCached(serverID string, requests []listRequest, snapshots []snapshot,
 	answers map[listRequest]*result[[]byte]) (missing []listRequest) {
 	var keys []key
 	for i := range snapshots {
@@ -219,10 +227,10 @@ func (p *pages) answerCached(serverID string, requests []listRequest, snapshots 
 
 // readGoods reads pages whole, in one statement, answers them, and lets the cache have the goods. It is for
 // pages that have goods: each row has the counts.
-func (p *pages) readGoods(requests []listRequest, answers map[listRequest]*result[[]byte]) error {
+func (p *pageReader) readGoods(requests []listRequest, answers map[listRequest]*result[[]byte]) error {
 	serverID := p.db.id()
 	snapshots := make([]snapshot, len(requests))
-	err := p.db.query(p.goods, arguments(requests), func(rows *sql.Rows) error {
+	err := p.db.query(p.goodsSQL, arguments(requests), func(rows *sql.Rows) error {
 		var n int
 		var total, removed int64
 		var g good
@@ -243,7 +251,7 @@ func (p *pages) readGoods(requests []listRequest, answers map[listRequest]*resul
 	if err != nil {
 		return err
 	}
-	known := p.db.id() == serverID // whose versions these are
+	sameServer := p.db.id() == serverID // so the keys name what was read
 	for i, q := range requests {
 		s := &snapshots[i]
 		if len(s.keys) == 0 { // it had goods a moment ago: they went to another project, or were lost
@@ -254,7 +262,7 @@ func (p *pages) readGoods(requests []listRequest, answers map[listRequest]*resul
 			answers[q].err = errReplyTooLarge(s.bytes)
 			continue
 		}
-		if known && s.bytes <= smallReply { // larger ones would fill Redis, and the queue to it
+		if sameServer && s.bytes <= smallReply { // larger ones would fill Redis, and the queue to it
 			p.cache.put(serverID, s.keys, s.goods)
 		}
 		answers[q].answer, answers[q].err = q.page(s)

@@ -18,12 +18,13 @@ import (
 )
 
 const (
-	// statementTimeout ends what a request does in Postgres. The connection gives up an eighth later (see
-	// openPostgres), still before the caller does: 9/8 of 7/8 is less than all of requestTimeout.
+	// statementTimeout ends one statement of a request in Postgres, and the connection gives up an eighth
+	// later (see openPostgres): still before the caller, as 9/8 of 7/8 is less than 1. A transaction has
+	// several exchanges, each with this limit: its caller may have left before its end.
 	statementTimeout = requestTimeout * 7 / 8
 	startTimeout     = time.Minute // for Postgres to answer at the start
-	// eventConns are two for the relay, whose open transaction cannot prepare a statement for all, and one
-	// each for the consumer and the sampler.
+	// eventConns are two for the relay, as database.statement prepares a query on a second connection while
+	// a transaction has the first, and one each for the consumer and the sampler.
 	eventConns = 4
 )
 
@@ -147,7 +148,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		return err
 	}
 	// To lose a commit here only repeats work.
-	asyncCommit := map[string]string{"synchronous_commit": "off"}
+	asyncCommit := map[string]string{"synchronous_commit": `'off'`}
 	outboxDB, err := openPostgres(cfg.postgres, eventConns, eventTimeout, asyncCommit)
 	if err != nil {
 		return err

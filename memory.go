@@ -13,7 +13,7 @@ import (
 // buffers that it has anyway.
 const (
 	freeReply    = 16 << 10
-	smallReply   = 256 << 10 // what lists first try to answer with
+	smallReply   = 256 << 10 // limit of the first try, for which no memory is reserved
 	mediumReply  = 1 << 20
 	mediumMemory = 32 << 20 // for replies of up to mediumReply: large ones do not hold them up
 	largeMemory  = 64 << 20 // for the rest; the largest page has 62 MB
@@ -71,8 +71,8 @@ func (m *memory) free(units int) {
 // replyMemory is the memory of all replies.
 type replyMemory struct {
 	medium, large *memory
-	// A batcher finishes a reply even when its caller has left and has given back the memory for it. So each
-	// of these is held while a large reply is built: there is one such list and one such history at most.
+	// A batcher finishes a large reply even when its caller has left, and has given back the memory for it.
+	// These are locked while one is built, so that it is at most one list and one history.
 	buildingList, buildingHistory *sync.Mutex
 }
 

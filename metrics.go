@@ -15,12 +15,12 @@ import (
 )
 
 // metrics counts what the service does, for /metrics. Writing it asks no server: what they know is sampled
-// elsewhere. It is 200 lines rather than a fifth dependency with its own dozen. The counters may be used
-// concurrently.
+// elsewhere. Prometheus' own library would be a fifth dependency, with a dozen more of its own. The counters
+// may be used concurrently.
 type metrics struct {
 	started time.Time
 	db      *database
-	routes  map[string]*routeMetrics // by path; filled before the service listens, as is sizes
+	routes  map[string]*routeMetrics // by path; filled before the first request is served, as is sizes
 	sizes   map[string]*histogram    // of batches, by the name of their batcher
 
 	cacheHits, cacheMisses, cacheErrors atomic.Int64

@@ -111,7 +111,7 @@ func applyMigration(tx *sql.Tx, files fs.FS, file string, recorded map[string]st
 	switch recorded[name] {
 	case checksum:
 		return false, nil
-	case "":
+	case "": // it has not been applied
 	default:
 		return false, fmt.Errorf("%s was changed after it had been applied: "+
 			"restore it, and put the change into a new file", name)

@@ -13,8 +13,9 @@ const (
 	// and other moves wait meanwhile, and all of it has to end within statementTimeout: 10,000 take a
 	// quarter of a second on two quiet cores, so a machine may be ten times slower.
 	maxSpan = 10_000
-	// A batch of moves ends when its next move would make it renumber more goods than this: the rest is for
-	// the next batch. Creates wait for the batch, too, so while this replica has some, it is a small one.
+	// A batch of moves renumbers at most maxBatchSpan goods, but always makes its first move; the rest is for
+	// the next batch. Creates wait while a batch of moves runs: while this replica has creates to answer,
+	// maxBatchSpanCreates is the limit.
 	maxBatchSpan        = 300
 	maxBatchSpanCreates = 8
 )
@@ -50,9 +51,10 @@ FROM move_goods($1, $2, $3, $4)`
 SELECT lock_range($1, $2, $3, $4)`
 )
 
-// moveGoods leaves out a move over goods that another transaction has locked, so that it does not hold up
-// the others: they, and all creates, wait for the lock of the priorities. A request that is retried alone
-// waits for the goods, first without that lock, and then, for whatever was locked since, with it.
+// moveGoods leaves out a move over goods that another transaction has locked, so that it does not hold up the
+// others: they, and all creates, wait for the lock of the priorities. A request that is retried alone waits
+// for its goods twice: in a query of its own, which keeps no lock, so that the long wait holds up nobody; and
+// then inside move_goods, which has the lock of the priorities, for the few that were locked in between.
 func (s *service) moveGoods(requests []moveRequest, results []result[[]position], alone bool) error {
 	if alone {
 		q := requests[0]
@@ -84,7 +86,7 @@ func (s *service) moveGoods(requests []moveRequest, results []result[[]position]
 			switch outcome {
 			case "moved":
 				r.answer = positions(first.V, keys)
-				if len(keys) > 1 { // else the version is what it was
+				if len(keys) > 1 { // one alone is the moved good itself, which has not changed
 					for _, k := range keys {
 						replaced = append(replaced, k-1) // the version before
 					}
@@ -96,7 +98,7 @@ func (s *service) moveGoods(requests []moveRequest, results []result[[]position]
 			case "too long":
 				r.err = tooLong(first.V)
 			default:
-				r.err = errRetryAlone
+				r.err = errLeftOut
 			}
 			return nil
 		})
@@ -105,8 +107,9 @@ func (s *service) moveGoods(requests []moveRequest, results []result[[]position]
 		return fmt.Errorf("move goods: %w", err)
 	}
 	s.wakeRelay()
-	// After a failover these may be current versions of the new server: they are read again.
-	s.cache.drop(s.db.id(), replaced)
+	// The server's id is not compared, as in editGoods, which also keeps goods: what is dropped is only read
+	// again.
+	s.cache.dropShared(s.db.id(), replaced)
 	return nil
 }
 

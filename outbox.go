@@ -52,8 +52,8 @@ func (r *relay) wake() {
 	}
 }
 
-// run publishes events, forever. After a failure it prepares the stream first, and waits for relayPoll:
-// wake does not shorten that.
+// run publishes events, forever. After a failure it waits for relayPoll, which wake does not shorten, and
+// prepares the stream again.
 func (r *relay) run() {
 	state := &stateLog{log: r.log, name: "relay"}
 	prepared := false
@@ -87,7 +87,8 @@ func (r *relay) wait() {
 	}
 }
 
-// prepareStream prepares the stream. When it had to be created, whatever was published before is not in it.
+// prepareStream prepares the stream. When it had to be created, whatever was published before is not in it,
+// and is published again. Should that fail, it is not repeated: requeueLost finds those events soon.
 func (r *relay) prepareStream() error {
 	created, err := r.stream.prepare()
 	if err == nil && created {
@@ -217,7 +218,8 @@ SET published_at = NULL
 WHERE id IN (
     SELECT id
     FROM outbox
-    WHERE published_at NOT BETWEEN clock_timestamp() - $1 * interval '1 second' AND clock_timestamp()
+    WHERE published_at < statement_timestamp() - $1 * interval '1 second'
+       OR published_at > statement_timestamp()
     LIMIT $2
 )`
 
@@ -225,8 +227,10 @@ WHERE id IN (
 func (r *relay) requeue(age time.Duration) error {
 	start := time.Now()
 	for {
-		before := age + time.Since(start) // the same moment in every round: the relay publishes meanwhile
-		n, err := r.db.exec(requeueEventsSQL, before.Seconds(), requeueBatch)
+		// It grows as time passes, so that it always means the same moment: what the relay has published
+		// since is younger.
+		olderThan := age + time.Since(start)
+		n, err := r.db.exec(requeueEventsSQL, olderThan.Seconds(), requeueBatch)
 		if err != nil || n == 0 {
 			return err
 		}

@@ -32,11 +32,11 @@ type database struct {
 	*sql.DB
 	prepared sync.Map // query -> *sql.Stmt
 
-	// serverID identifies what the newest connection leads to: this run of this server, and this database.
-	// A version of a good is the same content forever only within one: after a failover that lost commits,
-	// or a restore, a version number comes again with other content. An older connection to another server
-	// can still be there only while two primaries serve: fencing forbids that. A restore into a database that
-	// is in use goes unnoticed by older connections: the replicas have to be stopped for it.
+	// serverID identifies the server that the newest connection leads to, since its start, and the table
+	// goods in it. Only together with it does (id, version) name one content forever: after a failover that
+	// lost commits, or a restore, the same version number is given again, to other content. Connections to
+	// two servers at once exist only while there are two primaries, which fencing forbids. A restore into a
+	// database that is in use would go unnoticed by the connections that are open: stop the replicas for it.
 	serverID atomic.Value // string
 	// commitsHang says that the last COMMIT got no answer.
 	commitsHang atomic.Bool
@@ -74,30 +74,32 @@ func openPostgres(url string, conns int, limit time.Duration, settings map[strin
 	return db, nil
 }
 
-// setUpStatement returns the statement that makes the settings of a session, unless the URL has them, and
-// identifies the server, the database, and the table goods in it: a restore makes that anew.
+// setUpStatement returns the statement that sets up a session: it applies all settings, as SQL expressions,
+// that the URL does not have, and its first column is the serverID. The table's oid is part of that, as a
+// restore makes a new table.
 func setUpStatement(limit time.Duration, settings, given map[string]string) string {
-	statementTimeout := strconv.FormatInt(limit.Milliseconds(), 10)
-	lockTimeout := strconv.FormatInt(limit.Milliseconds()*3/4, 10)
+	milliseconds := func(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
 	all := map[string]string{
-		"TimeZone":                      "UTC",
-		"default_transaction_isolation": "read committed",
+		"TimeZone":                      `'UTC'`,
+		"default_transaction_isolation": `'read committed'`,
+		// An answered write is on the disk, even where the server or the user has other defaults.
+		"synchronous_commit": `replace(current_setting('synchronous_commit'), 'off', 'on')`,
 		// Every query of the service finds its rows by an index. One plan each is enough, and one that was
 		// made while the tables were small must not scan them when they have grown.
-		"enable_seqscan":                      "off",
-		"jit":                                 "off",
-		"plan_cache_mode":                     "force_generic_plan",
-		"statement_timeout":                   statementTimeout,
-		"idle_in_transaction_session_timeout": statementTimeout,
-		"lock_timeout":                        lockTimeout,
+		"enable_seqscan":                      `'off'`,
+		"jit":                                 `'off'`,
+		"plan_cache_mode":                     `'force_generic_plan'`,
+		"statement_timeout":                   `'` + milliseconds(limit) + `'`,
+		"idle_in_transaction_session_timeout": `'` + milliseconds(limit) + `'`,
+		"lock_timeout":                        `'` + milliseconds(limit*3/4) + `'`,
 	}
 	maps.Copy(all, settings)
 	var b strings.Builder
 	b.WriteString("SELECT concat_ws('-', extract(epoch FROM pg_postmaster_start_time()), " +
 		"(SELECT oid FROM pg_database WHERE datname = current_database()), to_regclass('goods')::oid)")
-	for name, value := range all {
+	for name, expression := range all {
 		if _, ok := given[name]; !ok {
-			fmt.Fprintf(&b, ", set_config(%s, %s, false)", pq.QuoteLiteral(name), pq.QuoteLiteral(value))
+			fmt.Fprintf(&b, ", set_config('%s', %s, false)", name, expression)
 		}
 	}
 	return b.String()
@@ -125,7 +127,7 @@ func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
 	return conn, nil
 }
 
-// firstValue returns the first column of the only row of a query, as text.
+// firstValue returns the first column of the only row of a query, as text. It takes no context: see database.
 func firstValue(conn driver.Conn, query string) (string, error) {
 	rows, err := conn.(driver.QueryerContext).QueryContext(context.Background(), query, nil)
 	if err != nil {
@@ -167,7 +169,7 @@ func (d limitedDialer) DialTimeout(network, address string, timeout time.Duratio
 type limitedConn struct {
 	net.Conn
 	limit time.Duration
-	until time.Time // what SetDeadline said: the end of connect_timeout, while connecting
+	until time.Time // lib/pq's own deadline: the end of connect_timeout while it connects, then zero
 }
 
 func (c *limitedConn) SetDeadline(t time.Time) error {
@@ -214,7 +216,7 @@ func (db *database) inTx(f func(tx transaction) error) error {
 			return markConnectionError(err)
 		}
 		if waiting >= maxHangingCommits {
-			return fmt.Errorf("%d commits wait for a synchronous standby: %w", waiting, driver.ErrBadConn)
+			return fmt.Errorf("%w: %d commits wait for a synchronous standby", errUnavailable, waiting)
 		}
 	}
 	if err := f(transaction{db: db, tx: tx}); err != nil {

@@ -44,7 +44,7 @@ func (a *api) adapt(metrics *routeMetrics, h handler) http.Handler {
 		write(w, answer)
 		status := answer.status
 		if errors.Is(r.Context().Err(), context.Canceled) {
-			status = statusClientGone // or very slow: the reply is not read
+			status = statusClientGone // before the reply, or while it read it
 		}
 		took := time.Since(start)
 		metrics.observe(status, took)
@@ -73,6 +73,7 @@ func (a *api) serve(h handler, w http.ResponseWriter, r *http.Request) (answer r
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+			closeAfterReply(w) // the body may not have been read
 		}
 	}()
 	if a.origins.Check(r) != nil {

@@ -25,6 +25,7 @@ const (
 	maxName        = 255       // characters
 	maxDescription = 10_000    // characters
 	maxKey         = 255       // bytes
+	maxRefused     = 20        // unknown fields and parameters that a reply names
 	bodyTimeout    = 5 * time.Second
 	// lateBodyTimeout is for the rest of a body that is not read, after the reply.
 	lateBodyTimeout = 500 * time.Millisecond
@@ -102,7 +103,7 @@ func ignoreBody(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		closeAfterReply(w)
 	}
-	r.Body = http.NoBody
+	r.Body = http.NoBody // for a second call: serve makes one for some methods, and some handlers do
 }
 
 // closeAfterReply ends the connection with the reply. What still comes of the body is read for a moment
@@ -131,11 +132,19 @@ func (in *input) readObject(text []byte, fields []string) {
 		_, repeated := in.body[name]
 		switch {
 		case !slices.Contains(fields, name):
-			in.faults[name] = "is not a known field"
+			in.refuse(name, "is not a known field")
 		case repeated:
 			in.faults[name] = "is repeated"
 		}
 		in.body[name] = value
+	}
+}
+
+// refuse notes the fault of a field or parameter that is not known. A request may be full of them, and have
+// long ones: maxRefused are noted, with the beginning of their names.
+func (in *input) refuse(name, fault string) {
+	if len(in.faults) < maxRefused {
+		in.faults[fmt.Sprintf("%.100s", name)] = fault
 	}
 }
 
@@ -147,7 +156,7 @@ func (in *input) err() error {
 	}
 	for name := range in.query {
 		if !slices.Contains(in.parameters, name) {
-			in.faults[name] = "is not a known parameter"
+			in.refuse(name, "is not a known parameter")
 		}
 	}
 	if len(in.faults) > 0 {
@@ -206,13 +215,13 @@ func (in *input) integer(name string) int32 {
 // requiredField returns a field of the body as it was sent, nil if it is absent.
 func (in *input) requiredField(name string) json.RawMessage {
 	raw := in.body[name]
-	if raw == nil && in.body != nil {
+	if raw == nil && in.body != nil { // without a body, that is the fault
 		in.faults[name] = "is required"
 	}
 	return raw
 }
 
-// name returns the name in the body, which is required: it is nil only with a fault.
+// name returns the name in the body, which is required: it is nil only if err returns an error.
 func (in *input) name() *string {
 	const field = "name"
 	if in.requiredField(field) == nil {
@@ -306,7 +315,7 @@ func (in *input) ifMatch() *int32 {
 		if err == nil {
 			v := int32(version)
 			if digits[0] == '0' {
-				v = 0 // tags are compared as text: this one is of no version
+				v = 0 // which no good has: "03" is another tag than "3"
 			}
 			return &v
 		}

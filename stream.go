@@ -32,7 +32,7 @@ type stream struct {
 	log       *slog.Logger
 
 	mu        sync.Mutex      // guards what follows
-	lastError error           // why there is no connection, or nil
+	lastError error           // of the connection since it was made; while there is none, why
 	noted     map[string]bool // the errors that were logged since
 }
 

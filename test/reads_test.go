@@ -1,8 +1,12 @@
 package test
 
 import (
+	"bufio"
 	"fmt"
+	"io"
 	"math"
+	"net"
+	"net/http"
 	"slices"
 	"testing"
 	"time"
@@ -179,4 +183,40 @@ FROM generate_series(1, 20) AS n`) // project 1 has the even ones
 	order = []int{14, 4, 6, 8, 10, 2, 12, 16, 18, 20}
 	harness.Equal(t, ids(projectPage(t, a, 1, 10, 1)), order, "2 moved down before 12")
 	w.Settled(t, 15*time.Second)
+}
+
+// A reply that is not read for 30 seconds is cut off. One that is read slowly, but in time, is whole, and its
+// client is not taken for one that went away.
+func TestUnreadReply(t *testing.T) {
+	w, a := started(t, nowhere)
+	w.Exec(t, `
+INSERT INTO goods (project_id, name, description)
+SELECT 1, n::text, repeat('日', 10000)
+FROM generate_series(1, 100) AS n`)
+	readAfter := func(wait time.Duration) (got, want int64, err error) {
+		conn, err := net.Dial("tcp", a.Host())
+		harness.Must(t, err)
+		defer conn.Close()
+		harness.Must(t, conn.(*net.TCPConn).SetReadBuffer(64<<10)) // or the kernel would take all of it
+		_, err = io.WriteString(conn, "GET /goods/list?limit=100 HTTP/1.1\r\nHost: goods\r\n\r\n")
+		harness.Must(t, err)
+		<-time.After(wait)
+		harness.Must(t, conn.SetDeadline(time.Now().Add(10*time.Second)))
+		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		harness.Must(t, err)
+		got, err = io.Copy(io.Discard, response.Body)
+		return got, response.ContentLength, err
+	}
+	read, all, err := readAfter(15 * time.Second)
+	if err != nil || read != all {
+		t.Errorf("after 15 seconds: got %d of %d bytes, %v, want all", read, all, err)
+	}
+	served := func() float64 { return value(t, a, "goods_http_request_duration_seconds", `value:"/goods/list"`) }
+	harness.AwaitEqual(t, 5*time.Second, served, 1, "lists that were served")
+	harness.Equal(t, value(t, a, "goods_http_requests_total", `value:"499"`), 0.0, "clients that went away")
+	read, all, err = readAfter(31 * time.Second)
+	if err == nil || read >= all || all < 3e6 {
+		t.Errorf("after 31 seconds: got %d of %d bytes, %v, want fewer and an error", read, all, err)
+	}
+	harness.Equal(t, len(a.List(t, 100, 1).Goods), 100, "goods on a page that is read")
 }

@@ -27,6 +27,9 @@ CREATE TABLE outbox (
 -- What the relay claims, in its order.
 CREATE INDEX outbox_unpublished_idx ON outbox (id) WHERE published_at IS NULL;
 
+-- By which events are found that NATS has lost.
+CREATE INDEX outbox_published_idx ON outbox (published_at) WHERE published_at IS NOT NULL;
+
 -- A trigger, so that no write can be forgotten, not even one made by hand. All
 -- events of a statement have one time, read when the rows are locked: versions
 -- of a good then follow each other in time as well.

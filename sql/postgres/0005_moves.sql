@@ -69,13 +69,16 @@ BEGIN
         WHERE g.id = request.id
           AND g.project_id = request.project_id
           AND NOT g.removed;
+        IF NOT FOUND THEN
+            outcome := 'missing';
+            RETURN NEXT;
+            CONTINUE;
+        END IF;
         target := least(request.priority, last_position);
         low := least(found_good.priority, target);
         high := greatest(found_good.priority, target);
         first_position := low;
-        IF found_good.priority IS NULL THEN
-            outcome := 'missing';
-        ELSIF found_good.version <> request.version THEN -- any version, if it is null
+        IF found_good.version <> request.version THEN -- any version, if it is null
             outcome := 'changed';
         ELSIF low = high THEN
             outcome := 'moved';

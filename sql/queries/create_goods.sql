@@ -9,7 +9,7 @@ WITH request AS (
     FROM ROWS FROM (json_to_recordset($1) AS (project_id integer, name text, description text, key text))
         WITH ORDINALITY AS r (project_id, name, description, key, n)
 ), known AS MATERIALIZED (
-    -- A key that is null finds nothing at once.
+    -- A request without a key is equal to no row here.
     SELECT r.n, g.request_digest IS NOT DISTINCT FROM r.digest AS same,
            g.id, g.project_id, g.name, g.description, g.priority, g.removed, g.created_at, g.version
     FROM request AS r

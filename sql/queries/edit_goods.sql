@@ -36,8 +36,8 @@ WITH request AS (
 SELECT r.n,
        CASE WHEN e.n IS NOT NULL THEN 'edited'
             WHEN l.n IS NOT NULL THEN 'changed'
-            -- In the statement's snapshot: a good that was removed since is locked here,
-            -- and missing in the next batch.
+            -- EXISTS sees the statement's snapshot: a good that was removed since is
+            -- reported as locked here, and as missing by the next batch.
             WHEN EXISTS (
                 SELECT FROM goods AS g
                 WHERE g.id = r.id AND g.project_id = r.project_id AND NOT g.removed

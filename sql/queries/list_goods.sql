@@ -1,5 +1,5 @@
 -- For each range of positions, from $2 to $3: the counts and the goods there, all
--- in one moment. $1, the project, is 0 in every range.
+-- in one moment. $1 is not used: the query for a project takes the same arguments.
 SELECT r.n, m.total, m.removed,
        g.id, g.project_id, g.name, g.description, g.priority, g.removed, g.created_at, g.version
 FROM meta AS m,

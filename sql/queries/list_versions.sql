@@ -1,7 +1,8 @@
--- For each range of positions, from $2 to $3: the counts, how many bytes the goods
--- there have as JSON (their texts and 150 more; 0 for five goods or less, which
--- are not worth measuring), and the id and the version of each, all in one moment. An array of
--- numbers is cheaper than rows. $1, the project, is 0 in every range.
+-- For each range of positions, from $2 to $3, all in one moment: the counts; how
+-- many bytes the goods there have as JSON, which are their texts and 150 more each;
+-- and the id and the version of each, in an array, which is cheaper than rows. A
+-- range of at most five positions is not worth measuring: its bytes are 0. $1 is
+-- not used: the query for a project takes the same arguments.
 SELECT r.n, m.total, m.removed,
        CASE
            WHEN r.last - r.first < 5 THEN 0
