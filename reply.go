@@ -73,7 +73,6 @@ func (a *api) serve(h handler, w http.ResponseWriter, r *http.Request) (answer r
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
-			closeAfterReply(w) // the body may not have been read
 		}
 	}()
 	if a.origins.Check(r) != nil {

@@ -31,7 +31,8 @@ func serveHTTP(ctx context.Context, listener net.Listener, api *api, log *slog.L
 	accepted := &connections{Listener: listener, open: map[*connection]bool{}}
 	server := &http.Server{
 		Handler:                      api.routes(),
-		ReadHeaderTimeout:            5 * time.Second, // bodies have limits of their own: see request.go
+		ReadHeaderTimeout:            5 * time.Second,
+		ReadTimeout:                  10 * time.Second,
 		WriteTimeout:                 30 * time.Second,
 		IdleTimeout:                  2 * time.Minute,
 		MaxHeaderBytes:               12 << 10, // Go adds 4 KiB
