@@ -23,7 +23,7 @@ func cached(t testing.TB, w *harness.World, versions ...string) map[string]strin
 	var listed time.Time
 	harness.AwaitEqual(t, 30*time.Second, func() []string {
 		if time.Since(listed) > 3*time.Second {
-			w.Start(t).List(t, 10, 1)
+			w.Start(t).List(t, 1000, 1)
 			listed = time.Now()
 		}
 		clear(found)
@@ -35,6 +35,15 @@ func cached(t testing.TB, w *harness.World, versions ...string) map[string]strin
 		return slices.Sorted(maps.Keys(found))
 	}, versions, "versions in Redis")
 	return found
+}
+
+// firstVersions returns version 1 of the goods 1 to n, as cached takes them.
+func firstVersions(n int) (versions []string) {
+	for id := 1; id <= n; id++ {
+		versions = append(versions, fmt.Sprint(id, ":1"))
+	}
+	slices.Sort(versions)
+	return versions
 }
 
 func TestCacheNamesVersions(t *testing.T) {
@@ -68,41 +77,55 @@ func TestCacheNamesVersions(t *testing.T) {
 // and what answers in its place.
 func TestStrangeValuesInRedis(t *testing.T) {
 	w, a := started(t)
-	a.Stock(t, 6)
-	page := a.List(t, 10, 1)
-	keys := cached(t, w, "1:1", "2:1", "3:1", "4:1", "5:1", "6:1")
-	fourth := w.Redis(t, "GET", keys["4:1"]).([]byte)
-	w.Redis(t, "SET", keys["1:1"], "nonsense")
-	w.Redis(t, "SET", keys["2:1"], "")
-	w.Redis(t, "DEL", keys["3:1"])
-	w.Redis(t, "RPUSH", keys["3:1"], "a", "b")
-	w.Redis(t, "SET", keys["4:1"], fourth[:len(fourth)/2])
-	w.Redis(t, "SET", keys["5:1"], fourth)
-	b := w.Start(t)
-	harness.Equal(t, b.List(t, 10, 1), page, "a list over strange values")
-	harness.Equal(t, b.List(t, 10, 1), page, "the next one")
+	const goods = 12
+	a.Stock(t, goods)
+	page := a.List(t, goods, 1)
+	keys := cached(t, w, firstVersions(goods)...)
+	first := w.Redis(t, "GET", keys["1:1"]).([]byte)
+	twelfth := w.Redis(t, "GET", keys["12:1"]).([]byte)
+	strange := map[string][]any{
+		"nonsense":                          {"SET", "nonsense"},
+		"nothing":                           {"SET", ""},
+		"a list":                            {"RPUSH", "a", "b"},
+		"a good cut short":                  {"SET", first[:len(first)/2]},
+		"a good cut short by a byte":        {"SET", first[:len(first)-1]},
+		"the end of a good":                 {"SET", first[len(first)/2:]},
+		"a good whose id begins with its 1": {"SET", twelfth},
+	}
+	for name, command := range strange {
+		// On the page is nothing else that Redis lacks, and the replica holds nothing itself.
+		w.Redis(t, "DEL", keys["1:1"])
+		w.Redis(t, command[0].(string), append([]any{keys["1:1"]}, command[1:]...)...)
+		b := w.Start(t)
+		harness.Equal(t, b.List(t, goods, 1), page, "a list with %s in Redis", name)
+		harness.Equal(t, b.List(t, goods, 1), page, "the next one")
+		harness.Must(t, b.Stop())
+	}
 	for _, key := range keys {
 		w.Redis(t, "DEL", key)
 	}
-	harness.Equal(t, w.Start(t).List(t, 10, 1), page, "a list without values")
+	harness.Equal(t, w.Start(t).List(t, goods, 1), page, "a list without values")
 
 	p := w.NewProxy(t, "REDIS_URL")
 	for _, nonsense := range []string{
 		"*2\r\n$3\r\nfoo\r\n:12\r\n?nonsense\r\n", "HTTP/1.1 400 Bad Request\r\n\r\n", "-LOADING\r\n",
 		":1\r\n:1\r\n", "*1\r\n$-1\r\n",
 	} {
-		p.Spoil(harness.Forward, func(to net.Conn, _ []byte) error { return harness.Forward(to, []byte(nonsense)) })
+		p.Spoil(harness.Forward, func(to net.Conn, _ []byte) error {
+			return harness.Forward(to, []byte(nonsense))
+		})
 		b := w.Start(t)
-		harness.Equal(t, b.List(t, 10, 1), page, "a list with %q from Redis", nonsense)
+		harness.Equal(t, b.List(t, goods, 1), page, "a list with %q from Redis", nonsense)
 		page.Goods[5].Name += "+"
 		body := fmt.Sprintf(`{"name":%q}`, page.Goods[5].Name)
 		updated := harness.Want[harness.Good](t, b, 200, "PATCH", "/goods/update"+target(6), body)
 		harness.Equal(t, updated, page.Goods[5], "update")
-		harness.Equal(t, b.List(t, 10, 1), page, "the next list with %q from Redis", nonsense)
+		harness.Equal(t, b.List(t, goods, 1), page, "the next list with %q from Redis", nonsense)
 	}
 }
 
-// A Redis that never finishes the TLS handshake delays lists no more than one that is frozen later.
+// A Redis that never finishes the TLS handshake delays lists no more than one that is frozen later: it is
+// asked once a second.
 func TestSilentTLSRedis(t *testing.T) {
 	t.Parallel()
 	w := harness.NewWorld(t)
@@ -110,8 +133,9 @@ func TestSilentTLSRedis(t *testing.T) {
 	harness.Must(t, err)
 	defer silent.Close()
 	a := w.Start(t, "REDIS_URL=rediss://"+silent.Addr().String()+"/0")
-	a.Stock(t, 3)
-	for begin := time.Now(); time.Since(begin) < 5*time.Second; {
+	makeLargeGoods(t, w, 3)
+	begin := time.Now()
+	for time.Since(begin) < 5*time.Second {
 		harness.Together(8, func(int) {
 			asked := time.Now()
 			harness.Equal(t, a.List(t, 10, 1).Meta.Total, 3, "goods")
@@ -120,7 +144,20 @@ func TestSilentTLSRedis(t *testing.T) {
 			}
 		})
 	}
+	failures := value(t, a, "goods_cache_errors_total", "")
+	if most := 3 * time.Since(begin).Seconds(); failures < 3 || failures > most {
+		t.Errorf("Redis failed %g times, want 3 to %g", failures, most)
+	}
 	ready(t, a, "redis")
+}
+
+// makeLargeGoods makes n goods that a replica does not hold itself: each list asks Redis.
+func makeLargeGoods(t testing.TB, w *harness.World, n int) {
+	t.Helper()
+	w.Exec(t, fmt.Sprintf(`
+INSERT INTO goods (project_id, name, description)
+SELECT 1, n::text, repeat('d', 1200)
+FROM generate_series(1, %d) AS n`, n))
 }
 
 // A Redis that answers pings but not what lists need is down, and the log says why.
@@ -150,15 +187,15 @@ func TestRedisThatRefusesCommands(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			w := harness.NewWorld(t)
-			value := "redis://" + test.address + "/0"
+			address := "redis://" + test.address + "/0"
 			if test.rights != "" {
 				user := w.Namespace
 				rule := append([]any{"SETUSER", user, "on", ">" + secret}, words(test.rights)...)
 				shared.Redis(t, "ACL", rule...)
 				t.Cleanup(func() { shared.Redis(t, "ACL", "DELUSER", user) })
-				value = withUser(t, w.Env["REDIS_URL"], user)
+				address = withUser(t, w.Env["REDIS_URL"], user)
 			}
-			a := w.Start(t, "REDIS_URL="+value)
+			a := w.Start(t, "REDIS_URL="+address)
 			a.Stock(t, 3)
 			for range 3 {
 				harness.Equal(t, a.List(t, 10, 1).Meta.Total, 3, "goods")
@@ -166,6 +203,8 @@ func TestRedisThatRefusesCommands(t *testing.T) {
 			ready(t, a, "redis")
 			warned(t, a, `"msg":"failing","name":"redis"`, test.cause)
 			harness.Equal(t, inLog(a, "failing", "redis"), 1, "failures of Redis in the log")
+			failures := func() bool { return value(t, a, "goods_cache_errors_total", "") > 0 }
+			harness.AwaitEqual(t, 15*time.Second, failures, true, "failures of Redis were counted")
 			if test.rights != "" {
 				shared.Redis(t, "ACL", "SETUSER", w.Namespace, "~*", "+@all", ">"+secret)
 				ready(t, a)
