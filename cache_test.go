@@ -9,7 +9,7 @@ import (
 
 // localCache is a cache without Redis: what is written there waits forever.
 func localCache() *cache {
-	return &cache{namespace: "test", metrics: newMetrics(nil), writes: make(chan redisWrite, cacheMaxWrites)}
+	return &cache{namespace: "test", metrics: newMetrics(nil), writes: make(chan redisCommands, cacheMaxWrites)}
 }
 
 // What the process holds itself is a minute old at most, has a bounded size, and is of one database.
