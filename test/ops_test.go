@@ -2,6 +2,7 @@ package test
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"net/url"
 	"strings"
@@ -206,4 +207,28 @@ func TestOutboxOutOfReach(t *testing.T) {
 		t.Errorf("the figures of the outbox are %v s old, it was locked for %v s", age, locked)
 	}
 	harness.Equal(t, inLog(a, "failing", "postgres"), 0, "failures of Postgres in the log")
+	// Who looks at the figures sees that they are old.
+	if age := value(t, a, "goods_outbox_sample_age_seconds", ""); age < 5 || age > 1000 {
+		t.Errorf("the figures of the outbox are %g seconds old, want the 8 seconds of the lock", age)
+	}
+}
+
+// A server that answers only a moment after the service has started is not worth a line in the log.
+func TestLateServer(t *testing.T) {
+	t.Parallel()
+	w := harness.NewWorld(t)
+	p := w.NewProxy(t, "REDIS_URL")
+	asked := make(chan struct{}, 1)
+	p.Spoil(func(net.Conn, []byte) error {
+		select {
+		case asked <- struct{}{}:
+		default:
+		}
+		return io.ErrClosedPipe
+	}, harness.Forward)
+	a := w.Start(t)
+	<-asked
+	p.Pass()
+	ready(t, a)
+	harness.Equal(t, inLog(a, "failing", "redis"), 0, "failures of Redis in the log")
 }
