@@ -132,8 +132,11 @@ func TestEventsLostByNATS(t *testing.T) {
 	published(t, w)
 	harness.Must(t, w.JS.DeleteStream(t.Context(), w.Stream()))
 	harness.Must(t, a.Stop())
-	w.Start(t) // finds no stream, and events that were published
+	b := w.Start(t) // finds no stream, and events that were published
 	harness.Equal(t, w.Settled(t, 30*time.Second), 12, "events")
+	if n := value(t, b, "goods_events_requeued_total", ""); n < 12 {
+		t.Errorf("got %g events that were published again, want 12 at least", n)
+	}
 
 	// The same while the service runs, and nothing is written afterwards that could show the loss.
 	lose := func(how func() error) {
