@@ -43,23 +43,23 @@ func TestLocalGoods(t *testing.T) {
 			}
 		}
 		check("one", 0, 0, "before any was kept")
-		c.keep("one", keys, goods)
+		c.putLocal("one", keys, goods)
 		const most = 300
 		check("one", most*9/10, most, "afterwards") // some share a place
 		time.Sleep(cacheTTL - time.Second)
 		check("one", most*9/10, most, "a second before they are forgotten")
-		c.keep("one", keys[:3], goods[:3]) // this makes no other good younger
+		c.putLocal("one", keys[:3], goods[:3]) // this makes no other good younger
 		time.Sleep(2 * time.Second)
 		check("one", 0, 0, "when they are forgotten")
 
-		c.keep("one", keys, goods)
+		c.putLocal("one", keys, goods)
 		check("two", 0, 0, "in another database")
-		c.keep("one", keys, goods) // was read before the service got that database
+		c.putLocal("one", keys, goods) // was read before the service got that database
 		check("two", 0, 0, "in another database, after goods of the first")
 		check("one", 0, 0, "in the first database again")
 
 		largest, larger := make([]byte, localMaxSize), make([]byte, localMaxSize+1)
-		c.keep("one", keys[:2], [][]byte{largest, larger})
+		c.putLocal("one", keys[:2], [][]byte{largest, larger})
 		kept := c.getLocal("one", keys[:2])
 		if len(kept[0]) != localMaxSize || kept[1] != nil {
 			t.Errorf("kept %d and %d bytes, want %d and none", len(kept[0]), len(kept[1]), localMaxSize)
@@ -76,7 +76,7 @@ func TestWritesThatRedisDoesNotTake(t *testing.T) {
 		go func() {
 			for range 2 * cacheMaxWrites {
 				c.put("one", keys, [][]byte{[]byte("good")})
-				c.drop("one", keys)
+				c.dropShared("one", keys)
 			}
 			close(done)
 		}()

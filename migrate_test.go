@@ -24,7 +24,7 @@ func TestMigrateRefusals(t *testing.T) {
 			`scripts/servers.sh start and then eval "$(scripts/servers.sh env)"`)
 	}
 	schema := "test_" + strings.ToLower(rand.Text()[:12])
-	db, err := openPostgres(url, 8, time.Minute, map[string]string{"search_path": schema})
+	db, err := openPostgres(url, 8, time.Minute, map[string]string{"search_path": pq.QuoteLiteral(schema)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -46,7 +46,7 @@ type database struct {
 func (db *database) id() string { return db.serverID.Load().(string) }
 
 // openPostgres returns a pool of at most conns connections, on which a statement ends after limit, and the
-// wait for a lock earlier. settings apply to its sessions. It does not connect.
+// wait for a lock earlier. settings, each a SQL expression, apply to its sessions. It does not connect.
 func openPostgres(url string, conns int, limit time.Duration, settings map[string]string) (*database, error) {
 	cfg, err := pq.NewConfig(url)
 	if err != nil {
