@@ -17,7 +17,7 @@ const (
 	// the next batch. Creates wait while a batch of moves runs: while this replica has creates to answer,
 	// maxBatchSpanCreates is the limit.
 	maxBatchSpan        = 300
-	maxBatchSpanCreates = 8
+	maxBatchSpanCreates = 4
 )
 
 // position says where a good is in the list.
