@@ -88,15 +88,13 @@ func methodNotAllowed(method string) handler {
 	if method == "GET" {
 		allow = "GET, HEAD"
 	}
-	return func(w http.ResponseWriter, r *http.Request) (reply, error) {
-		ignoreBody(w, r)
+	return func(w http.ResponseWriter, _ *http.Request) (reply, error) {
 		w.Header().Set("Allow", allow)
 		return reply{}, errMethodNotAllowed
 	}
 }
 
-func routeNotFound(w http.ResponseWriter, r *http.Request) (reply, error) {
-	ignoreBody(w, r)
+func routeNotFound(http.ResponseWriter, *http.Request) (reply, error) {
 	return reply{}, errRouteNotFound
 }
 

@@ -41,9 +41,11 @@ func (a *api) adapt(metrics *routeMetrics, h handler) http.Handler {
 		if err != nil {
 			answer.status, answer.body = a.failed(w, r, id, err)
 		}
+		// Else the context says nothing about the client: see ignoreBody.
+		bodyArrived := ignoreBody(w, r) && answer.status != http.StatusRequestTimeout
 		write(w, answer)
 		status := answer.status
-		if errors.Is(r.Context().Err(), context.Canceled) {
+		if bodyArrived && errors.Is(r.Context().Err(), context.Canceled) {
 			status = statusClientGone // before the reply, or while it read it
 		}
 		took := time.Since(start)
@@ -76,11 +78,7 @@ func (a *api) serve(h handler, w http.ResponseWriter, r *http.Request) (answer r
 		}
 	}()
 	if a.origins.Check(r) != nil {
-		ignoreBody(w, r)
 		return reply{}, errCrossOrigin
-	}
-	if r.Method == "GET" || r.Method == "HEAD" || r.Method == "DELETE" {
-		ignoreBody(w, r)
 	}
 	answer, err = h(w, r)
 	if err == nil && strings.HasPrefix(r.URL.Path, "/goods/") {

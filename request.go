@@ -72,13 +72,16 @@ func readInputWithBody(w http.ResponseWriter, r *http.Request, fields ...string)
 	return in
 }
 
-// readBody reads the body, which has to arrive within bodyTimeout.
+// readBody reads the body, which has to arrive within bodyTimeout. It leaves nothing for ignoreBody, also
+// after an error.
 func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	sent := r.Body
+	r.Body = http.NoBody
 	control := http.NewResponseController(w)
 	if err := control.SetReadDeadline(time.Now().Add(bodyTimeout)); err != nil {
 		return nil, err
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	body, err := io.ReadAll(http.MaxBytesReader(w, sent, maxBody))
 	if err != nil {
 		return nil, err
 	}
@@ -86,11 +89,12 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	return body, control.SetReadDeadline(time.Time{})
 }
 
-// ignoreBody drops a body that no handler reads. The reply does not wait for a body that is still on its
-// way: then the connection is closed after the reply.
-func ignoreBody(w http.ResponseWriter, r *http.Request) {
+// ignoreBody drops a body that no handler has read. The reply does not wait for a body that is still on its
+// way: then the connection is closed after the reply. It is called after the handler, as net/http cancels
+// the request's context when it cannot read the body, and reports whether it has left the context alone.
+func ignoreBody(w http.ResponseWriter, r *http.Request) bool {
 	if r.Body == http.NoBody {
-		return
+		return true
 	}
 	control := http.NewResponseController(w)
 	err := control.SetReadDeadline(time.Now().Add(time.Millisecond))
@@ -103,7 +107,7 @@ func ignoreBody(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		closeAfterReply(w)
 	}
-	r.Body = http.NoBody // for a second call: serve makes one for some methods, and some handlers do
+	return err == nil
 }
 
 // closeAfterReply ends the connection with the reply. What still comes of the body is read for a moment
