@@ -19,7 +19,7 @@ func TestConfig(t *testing.T) {
 		"REDIS_URL": {"redis://h", "rediss://u:p@h:6380/3"},
 		"NATS_URL":  {"nats://h", "tls://u:p@h1:4222,tls://h2:4222"},
 		"CLICKHOUSE_URL": {"clickhouse://u:p@h:9000/d", "clickhouse://h1:9000,h2:9000",
-			"http://h:8123", "https://u:p@h:8443/d?secure=true"},
+			"http://h:8123", "https://u:p@h:8443/d?secure=true", "https://h:8443/d?dial_timeout=1s"},
 		"EVENTS_BATCH":  {"1", "1000"},
 		"NATS_REPLICAS": {"5"},
 		"NAMESPACE":     {"a", "goods-2_b"},
