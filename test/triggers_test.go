@@ -99,7 +99,7 @@ $$`)
 		`SELECT FROM goods WHERE project_id = 2`:            "goods_project_id_idx",
 		`SELECT FROM goods WHERE priority = 1`:              "goods_priority_key",
 		`SELECT FROM goods WHERE id = 1 AND project_id = 2`: "goods_pkey",
-		`SELECT FROM outbox WHERE published_at IS NULL`:     "outbox_unpublished_idx",
+		`SELECT FROM outbox WHERE published_at < now()`:     "outbox_published_idx",
 	} {
 		plan := harness.One[string](t, w, `SELECT plan('`+query+`')::text`)
 		used := strings.Contains(plan, want)
