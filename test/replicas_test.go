@@ -122,8 +122,9 @@ func TestReplicasShareRedis(t *testing.T) {
 		return tap.connections() >= 6
 	}, true, "six connections at once")
 	p.Spoil(tap.count, harness.Forward)
-	p.Cut()
+	<-time.After(500 * time.Millisecond) // none of them is in use any more
 	before = errors()
+	p.Cut()
 	awaitHits(2*half, "after the end of all connections", func() {})
 	if n := errors() - before; n > 2 {
 		t.Errorf("after the end of all connections Redis failed %g times, want once", n)
