@@ -220,3 +220,16 @@ func words(s string) (arguments []any) {
 	}
 	return arguments
 }
+
+// An edited good is in the process that edited it: the next list of that one reads no good.
+func TestEditedGoodsAreCached(t *testing.T) {
+	w, a := started(t)
+	a.Stock(t, 3)
+	a.List(t, 10, 1)
+	before := value(t, a, "goods_cache_misses_total", "")
+	ok(t, a, "PATCH", "/goods/update"+target(1), someName)
+	ok(t, a, "DELETE", "/goods/remove"+target(2), "")
+	a.List(t, 10, 1)
+	harness.Equal(t, value(t, a, "goods_cache_misses_total", ""), before, "misses after edits and a list")
+	w.Settled(t, 15*time.Second)
+}

@@ -94,9 +94,10 @@ FROM goods`)
 					return goods
 				}
 				before := state()
+				commit := []byte("COMMIT\x00") // in the request and in the reply
 				var commits atomic.Int64
 				p.Spoil(func(to net.Conn, part []byte) error {
-					if !bytes.Contains(part, []byte("COMMIT\x00")) {
+					if !bytes.Contains(part, commit) {
 						return harness.Forward(to, part)
 					}
 					if commits.Add(1); delivered {
@@ -104,7 +105,7 @@ FROM goods`)
 					}
 					return io.ErrClosedPipe
 				}, func(to net.Conn, part []byte) error {
-					if commits.Load() > 0 {
+					if bytes.Contains(part, commit) {
 						return io.ErrClosedPipe // the reply must not slip through before the connection ends
 					}
 					return harness.Forward(to, part)
