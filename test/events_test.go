@@ -191,6 +191,27 @@ func TestKilledBetweenInsertAndAck(t *testing.T) {
 	harness.Equal(t, rows, 5, "rows after a merge")
 }
 
+// A message is acknowledged when its rows are deleted, not before.
+func TestRowsThatStay(t *testing.T) {
+	w, a := started(t)
+	w.Exec(t, `
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+$$
+BEGIN
+    RAISE EXCEPTION 'rows stay';
+END
+$$;
+CREATE TRIGGER refuse
+    BEFORE DELETE ON outbox
+    FOR EACH ROW EXECUTE FUNCTION refuse()`)
+	makeGoods(t, w, 3)
+	line := a.AwaitLines(t, "failing", 1)[0]
+	harness.Equal(t, strings.Contains(fmt.Sprint(line["err"]), "rows stay"), true, "the line %v tells the cause", line)
+	harness.Equal(t, stream(t, w).CachedInfo().State.Msgs, 1, "messages in the stream")
+	w.Exec(t, `DROP TRIGGER refuse ON outbox`)
+	harness.Equal(t, w.Settled(t, 15*time.Second), 3, "events")
+}
+
 // What is not an event is logged, counted, and in nobody's way.
 func TestGarbageInTheStream(t *testing.T) {
 	w, a := started(t)
