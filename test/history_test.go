@@ -68,19 +68,26 @@ func TestHistory(t *testing.T) {
 		{2, "b", "d\u0001", 1, false, ""},
 		{1, "a <b> & é", "d\u0001", 1, false, ""},
 	}
+	pages := []struct{ limit, offset, first, last int }{
+		{10, 1, 0, 5}, {5, 1, 0, 5}, {1000, 1, 0, 5}, {2, 1, 0, 2}, {2, 3, 2, 4}, {2, 5, 4, 5}, {1, 5, 4, 5},
+		{10, 6, 0, 0}, {1000, math.MaxInt32, 0, 0},
+	}
+	checkPage := func(a *harness.App, i int, when string) {
+		t.Helper()
+		page := pages[i%len(pages)]
+		got := versions(t, a, 1, page.limit, page.offset, start)
+		harness.Equal(t, got.Versions, append([]version{}, want[page.first:page.last]...),
+			"%d versions from %d, %s", page.limit, page.offset, when)
+		harness.Equal(t, fmt.Sprint(got.Meta), fmt.Sprint("{5 ", page.limit, " ", page.offset, "}"), "meta")
+	}
 	check := func(a *harness.App, when string) {
 		t.Helper()
-		for _, page := range []struct{ limit, offset, first, last int }{
-			{10, 1, 0, 5}, {5, 1, 0, 5}, {1000, 1, 0, 5}, {2, 1, 0, 2}, {2, 3, 2, 4}, {2, 5, 4, 5}, {1, 5, 4, 5},
-			{10, 6, 0, 0}, {1000, math.MaxInt32, 0, 0},
-		} {
-			got := versions(t, a, 1, page.limit, page.offset, start)
-			harness.Equal(t, got.Versions, append([]version{}, want[page.first:page.last]...),
-				"%d versions from %d, %s", page.limit, page.offset, when)
-			harness.Equal(t, fmt.Sprint(got.Meta), fmt.Sprint("{5 ", page.limit, " ", page.offset, "}"), "meta")
+		for i := range pages {
+			checkPage(a, i, when)
 		}
 	}
 	check(a, "through "+w.Env["CLICKHOUSE_URL"])
+	harness.Together(3*len(pages), func(i int) { checkPage(a, i, "beside others") })
 	if speaksHTTP {
 		check(overHTTP, "over HTTP")
 	} else {

@@ -1,10 +1,12 @@
 package test
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -61,11 +63,37 @@ func TestRepliesCutShort(t *testing.T) {
 	w.Settled(t, 15*time.Second)
 }
 
-// Pages of long texts are right, also those that many ask for at once, and none of them fills Redis.
+// overlaps is a hook for replies of Postgres. It counts those that begin or go on while another one is on its
+// way, and slows them down. Those of less than 4 KiB do not count.
+type overlaps struct {
+	mu    sync.Mutex // guards what follows
+	open  map[net.Conn]bool
+	count int
+}
+
+func (o *overlaps) pass(to net.Conn, part []byte) error {
+	o.mu.Lock()
+	if len(part) >= 4<<10 {
+		o.open[to] = true
+		if len(o.open) > 1 {
+			o.count++
+		}
+	}
+	if bytes.HasSuffix(part, []byte("Z\x00\x00\x00\x05I")) { // ReadyForQuery
+		delete(o.open, to)
+	}
+	o.mu.Unlock()
+	<-time.After(time.Millisecond)
+	return harness.Forward(to, part)
+}
+
+// Pages of long texts are right, also those that many ask for at once. They are read one after the other, as
+// each may need much memory, and none of them fills Redis.
 func TestLargePages(t *testing.T) {
 	t.Parallel()
 	w := harness.NewWorld(t)
 	w.Unchecked = true // to compare them with openapi.yaml takes long
+	p := w.NewProxy(t, "POSTGRES_URL")
 	a := w.Start(t, nowhere)
 	const goods = 80
 	w.Exec(t, `INSERT INTO campaigns (name) VALUES ('second')`)
@@ -73,6 +101,7 @@ func TestLargePages(t *testing.T) {
 INSERT INTO goods (project_id, name, description)
 SELECT 1 + n %% 2, n::text, repeat(CASE WHEN n %% 4 = 1 THEN E'\x01' ELSE '日' END, 10000)
 FROM generate_series(1, %d) AS n`, goods))
+	published(t, w)                   // no other long texts are on their way afterwards
 	known := map[int][]harness.Good{} // by project, 0 is all
 	for id := 1; id <= goods; id++ {
 		path := fmt.Sprintf("/goods/get?id=%d&projectId=%d", id, 1+id%2)
@@ -106,7 +135,11 @@ FROM generate_series(1, %d) AS n`, goods))
 	check(1)
 	// Each good counts once.
 	harness.Equal(t, value(t, a, "goods_cache_misses_total", ""), 40.0, "goods that were not cached")
+	large := &overlaps{open: map[net.Conn]bool{}}
+	p.Spoil(harness.Forward, large.pass)
 	harness.Together(3*len(pages), check)
+	p.Pass()
+	harness.Equal(t, large.count, 0, "parts of a large page that was read while another was")
 	keys, err := redis.Strings(w.Redis(t, "KEYS", w.Namespace+":*:*:*"), nil)
 	harness.Must(t, err)
 	harness.Equal(t, strings.Join(keys, " "), "", "goods of large pages in Redis")
