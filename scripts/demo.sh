@@ -33,7 +33,8 @@ field() {
 # await waits until the history of a good has so many versions.
 await() {
     local deadline=$((SECONDS + 20))
-    until reply=$(curl -sS --max-time 10 "$address/goods/history?id=$1&projectId=1&limit=1") || die "no answer"
+    local path="goods/history?id=$1&projectId=1&limit=1"
+    until reply=$(curl -sS --max-time 10 "$address/$path") || die "no answer"
         [[ $reply == *"\"total\":$2,"* ]]; do
         ((SECONDS < deadline)) ||
             die "the history of good $1 should have $2 versions by now (see $address/readyz): $reply"
@@ -43,7 +44,8 @@ await() {
 
 command -v curl >/dev/null || scripts/servers.sh install curl
 published=
-[[ ${NATIVE-} ]] || published=$($(command -v timeout >/dev/null && echo timeout 5) docker compose port goods 8080 2>/dev/null) || true
+within=$(command -v timeout >/dev/null && echo timeout 5) || true
+[[ ${NATIVE-} ]] || published=$($within docker compose port goods 8080 2>/dev/null) || true
 address=${published:-${HTTP_ADDR:-127.0.0.1:8080}}
 address=${address/#:/localhost:}
 address=${address/#0.0.0.0:/localhost:}

@@ -10,7 +10,8 @@ cd "$(dirname "$0")/.."
 die() { echo "release.sh: $*" >&2; exit 1; }
 
 tag=${1:-}
-[[ $tag =~ ^v[0-9]+\.[0-9]+\.[0-9]+(-[0-9A-Za-z.-]+)?$ ]] || die "usage: scripts/release.sh TAG, such as v1.2.3"
+[[ $tag =~ ^v[0-9]+\.[0-9]+\.[0-9]+(-[0-9A-Za-z.-]+)?$ ]] ||
+    die "usage: scripts/release.sh TAG, such as v1.2.3"
 
 rm -rf dist
 mkdir dist

@@ -97,7 +97,8 @@ install() {
 # nor at the next boot (disable), and Postgres must not create its "main" cluster: this script starts
 # servers of its own only.
 install_as_root() (
-    local policy=/usr/sbin/policy-rc.d cluster=/etc/postgresql-common/createcluster.d/goods.conf package made=() now=()
+    local policy=/usr/sbin/policy-rc.d cluster=/etc/postgresql-common/createcluster.d/goods.conf
+    local package made=() now=()
     trap 'rm -f "${made[@]}"' EXIT
     if [[ ! -e $policy ]]; then
         made+=("$policy")
@@ -117,7 +118,8 @@ install_as_root() (
     apt install -y --no-install-recommends "$@" || die "apt could not install: $*"
     [[ ! -d /run/systemd/system ]] || now=(--now) # a policy-rc.d that was there may have let it start
     for package; do
-        systemctl disable --quiet "${now[@]}" "$package" || update-rc.d "$package" disable || true # not all are servers
+        # Not all are servers.
+        systemctl disable --quiet "${now[@]}" "$package" || update-rc.d "$package" disable || true
     done 2>/dev/null
 )
 
@@ -240,7 +242,8 @@ END
     <profiles><default><log_queries>1</log_queries></default></profiles>
     <quotas><default></default></quotas>
     <users><default>
-        <password></password><networks><ip>127.0.0.1</ip></networks><profile>default</profile><quota>default</quota>
+        <password></password><networks><ip>127.0.0.1</ip></networks>
+        <profile>default</profile><quota>default</quota>
     </default></users>
 </yandex>
 END
@@ -275,7 +278,8 @@ start_server() {
     local name=$1 pid port began=$SECONDS
     if pid=$(pid_of "$name"); then
         [[ $(<"$dir/.$name.base") == "$base" ]] ||
-            die "$name: runs here for SERVERS_PORT=$(<"$dir/.$name.base"); stop it first, or choose another SERVERS_DIR"
+            die "$name: runs here for SERVERS_PORT=$(<"$dir/.$name.base");" \
+                "stop it first, or choose another SERVERS_DIR"
         signal "$name" CONT
     else
         [[ $name != postgres && $name != standby ]] || "${as_postgres[@]}" test -x "$dir" ||

@@ -222,3 +222,40 @@ SELECT 1, 'x', repeat('💡', 10000) FROM generate_series(1, 300)`}, // 12 MB, m
 		})
 	}
 }
+
+// All that holds goods or events is emptied at once, as docs/operations.md says. Nothing of the old goods is
+// left beside the new ones, which have the same ids and versions.
+func TestEverythingEmptied(t *testing.T) {
+	w, a := started(t)
+	a.Stock(t, 3)
+	w.Exec(t, `UPDATE goods SET name = name || ', changed'`)
+	w.Settled(t, 20*time.Second)
+	harness.Equal(t, a.Stop(), nil, "how the service ended")
+	w.Exec(t, `DROP SCHEMA public CASCADE; CREATE SCHEMA public`)
+	harness.Must(t, w.JS.DeleteStream(t.Context(), w.Stream()))
+	harness.Must(t, w.ClickHouse.Exec(t.Context(), `DROP TABLE goods_log`))
+	a = w.Start(t)
+	ready(t, a)
+	harness.Equal(t, a.Create(t, "new").ID, 1, "the id of the first good")
+	harness.Equal(t, w.Settled(t, 20*time.Second), 1, "events")
+	harness.Equal(t, a.List(t, 10, 1).Goods[0].Name, "new", "the name of the first good")
+}
+
+// A ClickHouse that was emptied while the service runs gets its table again.
+func TestTableDropped(t *testing.T) {
+	w, a := started(t)
+	ready(t, a)
+	for n := range 2 {
+		harness.Must(t, w.ClickHouse.Exec(t.Context(), `DROP TABLE goods_log`))
+		ready(t, a, "clickhouse")
+		w.Exec(t, `UPDATE goods SET name = name || '+'`)
+		a.Create(t, "one")
+		ready(t, a)
+		harness.AwaitEqual(t, 30*time.Second, func() int {
+			return harness.One[int](t, w, `SELECT count(*) FROM outbox`)
+		}, 0, "events in the outbox")
+		var rows uint64
+		harness.Must(t, w.ClickHouse.QueryRow(t.Context(), `SELECT count() FROM goods_log FINAL`).Scan(&rows))
+		harness.Equal(t, rows, uint64(n+1), "events since the table was dropped")
+	}
+}

@@ -73,8 +73,8 @@ func notices(a *harness.App, n int) (lines []string) {
 	return lines[min(n, len(lines)):]
 }
 
-// The first 503 of a run is logged, with its cause, and the end of the run: a call that is served, seconds after
-// the last 503. What supervisors and Prometheus ask says nothing of it.
+// The first 503 of a run is logged, with its cause, and the end of the run: a call that is served, seconds
+// after the last 503. What supervisors and Prometheus ask says nothing of it.
 func TestUnavailableInLog(t *testing.T) {
 	w, a := started(t, "LOG_LEVEL=info")
 	a.Stock(t, 2) // the first may be removed: a call that got 503 may have been made

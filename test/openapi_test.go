@@ -21,7 +21,12 @@ func TestOpenAPIExamples(t *testing.T) {
 	a.Stock(t, 3)
 	text := harness.File(t, "openapi.yaml")
 	served := a.Call(t, "GET", "/openapi.yaml", "")
-	harness.Equal(t, served.Body+served.Header.Get("Content-Type"), string(text)+"application/yaml", "/openapi.yaml")
+	harness.Equal(
+		t,
+		served.Body+served.Header.Get("Content-Type"),
+		string(text)+"application/yaml",
+		"/openapi.yaml",
+	)
 	document, err := libopenapi.NewDocument(text)
 	harness.Must(t, err)
 	spec, err := document.BuildV3Model()

@@ -15,8 +15,8 @@ import (
 	"goods/test/harness"
 )
 
-// An answered write is on the disk of Postgres, whatever the default of the database is. What the URL says of a
-// session holds.
+// An answered write is on the disk of Postgres, whatever the default of the database is. What the URL says of
+// a session holds.
 func TestSessions(t *testing.T) {
 	t.Parallel()
 	w := harness.NewWorld(t)

@@ -23,7 +23,21 @@ func TestGeneratedClient(t *testing.T) {
 	dir, err := os.MkdirTemp(".", "_generated-")
 	harness.Must(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	run(t, "go", "run", generator, "-generate", "types,client", "-include-tags", "goods", "-package", "main", "-o", filepath.Join(dir, "client.go"), "../../openapi.yaml")
+	run(
+		t,
+		"go",
+		"run",
+		generator,
+		"-generate",
+		"types,client",
+		"-include-tags",
+		"goods",
+		"-package",
+		"main",
+		"-o",
+		filepath.Join(dir, "client.go"),
+		"../../openapi.yaml",
+	)
 	program, err := os.ReadFile("testdata/main.go")
 	harness.Must(t, err)
 	harness.Must(t, os.WriteFile(filepath.Join(dir, "main.go"), program, 0o644))

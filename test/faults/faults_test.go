@@ -135,7 +135,13 @@ func (f fault) run(t testing.TB, own *harness.Servers) string {
 				s.vitals()
 			}
 			if g, h := s.vitals(); g > goroutines+moreGoroutines || h > heap+moreHeap {
-				return fmt.Errorf("the service has %g goroutines and %g bytes, before the load %g and %g", g, h, goroutines, heap)
+				return fmt.Errorf(
+					"the service has %g goroutines and %g bytes, before the load %g and %g",
+					g,
+					h,
+					goroutines,
+					heap,
+				)
 			}
 			return nil
 		})

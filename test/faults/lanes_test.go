@@ -29,8 +29,10 @@ var lanes = []struct {
 	{"postgres frozen", "postgres", []fault{
 		{name: "Postgres frozen for twelve seconds, two services", replicas: 2,
 			during: broken("pause", 12*time.Second, "resume", "postgres"), postgres: true},
-		{name: "first of two Postgres hosts frozen", through: "postgres", twoHosts: true, during: firstHostFrozen, postgres: true},
-		{name: "Postgres frozen, one of two services stopped", replicas: 2, during: stoppedWhileFrozen, postgres: true},
+		{name: "first of two Postgres hosts frozen", through: "postgres", twoHosts: true,
+			during: firstHostFrozen, postgres: true},
+		{name: "Postgres frozen, one of two services stopped", replicas: 2,
+			during: stoppedWhileFrozen, postgres: true},
 	}},
 	{"failover", "postgres", []fault{
 		{name: "Postgres killed, synchronous standby promoted", standby: "synchronous", replicas: 2,
@@ -63,7 +65,8 @@ var lanes = []struct {
 	}},
 	{"wire", "", []fault{
 		{name: "replies of Postgres torn", through: "postgres", during: spoiled(torn(50, "")), postgres: true},
-		{name: "commits of Postgres unheard", through: "postgres", during: spoiled(torn(4, "COMMIT\x00")), postgres: true},
+		{name: "commits of Postgres unheard", through: "postgres",
+			during: spoiled(torn(4, "COMMIT\x00")), postgres: true},
 		{name: "replies of Redis torn", through: "redis", during: spoiled(torn(5, ""))},
 		{name: "replies of NATS torn", through: "nats", during: spoiled(torn(5, ""))},
 		{name: "replies of ClickHouse torn", through: "clickhouse", during: spoiled(torn(5, ""))},
@@ -96,8 +99,10 @@ var lanes = []struct {
 		{name: "NATS restarted", during: broken("stop", 0, "start", "nats")},
 		{name: "NATS stream full", during: streamFull},
 		{name: "NATS without JetStream", during: withoutJetStream},
-		{name: "NATS back without its data", during: withoutTable(emptied("kill", "nats", "jetstream")), recovers: 15 * time.Second},
-		{name: "NATS stream deleted with events in it", during: withoutTable(streamDeleted), recovers: 15 * time.Second},
+		{name: "NATS back without its data",
+			during: withoutTable(emptied("kill", "nats", "jetstream")), recovers: 15 * time.Second},
+		{name: "NATS stream deleted with events in it",
+			during: withoutTable(streamDeleted), recovers: 15 * time.Second},
 	}},
 	{"nats away for long", "nats", []fault{
 		{name: "NATS stopped for forty seconds", during: broken("stop", 40*time.Second, "start", "nats")},
@@ -138,9 +143,11 @@ var lanes = []struct {
 	}},
 	{"together", "postgres redis nats clickhouse", []fault{
 		{name: "NATS and ClickHouse killed", during: broken("kill", aWhile, "start", "nats", "clickhouse")},
-		{name: "Redis and Postgres killed", during: broken("kill", aWhile, "start", "redis", "postgres"), postgres: true},
+		{name: "Redis and Postgres killed",
+			during: broken("kill", aWhile, "start", "redis", "postgres"), postgres: true},
 		{name: "Redis frozen, service killed", during: killedWhile("pause", "resume", "redis"), kills: true},
-		{name: "only Postgres within reach, service killed", during: killedWhile("stop", "start", "redis", "nats", "clickhouse"), kills: true},
+		{name: "only Postgres within reach, service killed",
+			during: killedWhile("stop", "start", "redis", "nats", "clickhouse"), kills: true},
 	}},
 }
 

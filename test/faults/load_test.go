@@ -277,10 +277,12 @@ func (w *worker) list(offset, limit int) {
 	}
 	m, asked, leaving := page.Meta, w.asked.Load(), w.leaving.Load()
 	gone := len(slices.DeleteFunc(slices.Clone(page.Goods), func(g harness.Good) bool { return !g.Removed }))
-	if int64(m.Total) < created || int64(m.Total) > asked || int64(m.Removed) < removed || int64(m.Removed) > leaving {
+	if int64(m.Total) < created || int64(m.Total) > asked || int64(m.Removed) < removed ||
+		int64(m.Removed) > leaving {
 		w.Errorf("a list says %+v after %d to %d creates and %d to %d removes", m, created, asked, removed, leaving)
 	}
-	if len(page.Goods) != max(0, min(limit, m.Total-offset+1)) || len(page.Goods) == m.Total && gone != m.Removed {
+	if len(page.Goods) != max(0, min(limit, m.Total-offset+1)) ||
+		len(page.Goods) == m.Total && gone != m.Removed {
 		w.Errorf("a list has %d goods, of them %d removed, and says %+v", len(page.Goods), gone, m)
 	}
 	w.check(page.Goods, offset, begin)

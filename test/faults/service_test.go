@@ -87,7 +87,13 @@ func leavingClients(s *scene) {
 		rawClients(s, 16, func(i int, c net.Conn) {
 			key := fmt.Sprintf("leaver-%d-%d", i, n)
 			s.load.asked.Add(1)
-			fmt.Fprintf(c, createHead+"Idempotency-Key: %s\r\nContent-Length: %d\r\n\r\n%s", key, len(text(key)), text(key))
+			fmt.Fprintf(
+				c,
+				createHead+"Idempotency-Key: %s\r\nContent-Length: %d\r\n\r\n%s",
+				key,
+				len(text(key)),
+				text(key),
+			)
 			s.last(rand.N(30 * time.Millisecond))
 			c.Close()
 			s.load.create(key)

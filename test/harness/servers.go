@@ -25,7 +25,10 @@ func NewServers(t testing.TB, names ...string) *Servers {
 	dir, err := os.MkdirTemp("/var/tmp", "goods-servers-") // where user postgres may enter, too
 	Must(t, err)
 	Must(t, os.Chmod(dir, 0o755))
-	s := &Servers{Dir: dir, env: append(os.Environ(), "SERVERS_DIR="+dir, fmt.Sprint("SERVERS_PORT=", freePorts(t)))}
+	s := &Servers{
+		Dir: dir,
+		env: append(os.Environ(), "SERVERS_DIR="+dir, fmt.Sprint("SERVERS_PORT=", freePorts(t))),
+	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	if len(names) > 0 {
 		t.Cleanup(func() { s.Sh(t, "clean") })

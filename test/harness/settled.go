@@ -113,7 +113,14 @@ func (w *World) checkRedis(t testing.TB, events map[string]string) {
 		}
 		var g Good
 		Must(t, json.Unmarshal(cached, &g))
-		text := fmt.Sprintf("%d|%s|%s|%d|%d", g.ProjectID, g.Name, g.Description, g.Priority, map[bool]int{true: 1}[g.Removed])
+		text := fmt.Sprintf(
+			"%d|%s|%s|%d|%d",
+			g.ProjectID,
+			g.Name,
+			g.Description,
+			g.Priority,
+			map[bool]int{true: 1}[g.Removed],
+		)
 		Equal(t, text, events[strings.SplitN(key, ":", 3)[2]], "%s in Redis", key)
 		made := One[time.Time](t, w, fmt.Sprint(`SELECT created_at FROM goods WHERE id = `, g.ID))
 		Equal(t, g.CreatedAt.Equal(made), true, "%s in Redis is as old as in Postgres", key)

@@ -24,8 +24,12 @@ func main() {
 
 	limit := int32(5)
 	list, err := client.ListGoodsWithResponse(ctx, &ListGoodsParams{Limit: &limit})
-	want(err == nil && list.JSON200 != nil && len(list.JSON200.Goods) == 1 && list.JSON200.Goods[0] == *made.JSON201,
-		"one good", list, err)
+	want(
+		err == nil && list.JSON200 != nil && len(list.JSON200.Goods) == 1 && list.JSON200.Goods[0] == *made.JSON201,
+		"one good",
+		list,
+		err,
+	)
 	project := int32(1)
 	list, err = client.ListGoodsWithResponse(ctx, &ListGoodsParams{ProjectId: &project})
 	want(err == nil && list.JSON200 != nil && list.JSON200.Meta.Total == 1, "one good of the project", list, err)
@@ -39,7 +43,12 @@ func main() {
 	seen := got.HTTPResponse.Header.Get("ETag")
 	change := &UpdateGoodParams{Id: id, ProjectId: 1, IfMatch: &seen}
 	changed, err := client.UpdateGoodWithResponse(ctx, change, GoodUpdate{Name: "Claw hammer"})
-	want(err == nil && changed.JSON200 != nil && changed.JSON200.Name == "Claw hammer", "a new name", changed, err)
+	want(
+		err == nil && changed.JSON200 != nil && changed.JSON200.Name == "Claw hammer",
+		"a new name",
+		changed,
+		err,
+	)
 	late, err := client.UpdateGoodWithResponse(ctx, change, GoodUpdate{Name: "Mallet"})
 	want(err == nil && late.JSON412 != nil && late.JSON412.Code == 12, "code 12", late, err)
 
@@ -52,10 +61,19 @@ func main() {
 		versions = history.JSON200.Versions
 		<-time.After(50 * time.Millisecond)
 	}
-	want(len(versions) == 2 && versions[0].Name == "Claw hammer" && versions[1].Version == 1, "both versions", versions)
+	want(
+		len(versions) == 2 && versions[0].Name == "Claw hammer" && versions[1].Version == 1,
+		"both versions",
+		versions,
+	)
 
 	blank, err := client.CreateGoodWithResponse(ctx, &CreateGoodParams{ProjectId: 1}, NewGood{Name: " "})
-	want(err == nil && blank.JSON400 != nil && blank.JSON400.Details["name"] != "", "what is wrong with the name", blank, err)
+	want(
+		err == nil && blank.JSON400 != nil && blank.JSON400.Details["name"] != "",
+		"what is wrong with the name",
+		blank,
+		err,
+	)
 }
 
 func want(ok bool, what string, got ...any) {
