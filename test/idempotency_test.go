@@ -3,6 +3,7 @@ package test
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -83,7 +84,15 @@ func TestCommitOfUnknownOutcome(t *testing.T) {
 				p := w.NewProxy(t, "POSTGRES_URL")
 				// Without NATS the relay is quiet: only requests commit.
 				a := w.Start(t, "NATS_URL=nats://127.0.0.1:1")
-				a.Stock(t, 3)
+				makeGoods(t, w, 3)
+				// The call has its connections, and its time is for its COMMIT, on a busy machine as well.
+				other := strings.Replace(call.path, target(1), target(2), 1)
+				harness.Eventually(t, time.Minute, func() error {
+					if r := a.Call(t, call.method, other, call.body); r.Status == 503 {
+						return errors.New("got 503")
+					}
+					return nil
+				})
 				a.List(t, 10, 1) // is cached now
 				state := func() (goods []item) {
 					text := harness.One[[]byte](t, w, `
