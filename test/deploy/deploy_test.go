@@ -174,8 +174,8 @@ func TestKubernetes(t *testing.T) {
 	}
 }
 
-// What the image listens on is what compose.yaml publishes and the pods' probes ask, its user is not root, and
-// nothing kills it while it waits for Postgres or answers its last requests.
+// What the image listens on is what compose.yaml publishes and the pods' probes ask; it does not run as root;
+// and nothing kills it while it waits for Postgres or answers its last requests.
 func TestImage(t *testing.T) {
 	dockerfile := string(readFile(t, "Dockerfile"))
 	setting := func(pattern string) string {
