@@ -37,16 +37,21 @@ func TestKeyMakesOneGood(t *testing.T) {
 	ok(t, a, "DELETE", "/goods/remove"+target(2), "")
 	want.Removed = true
 	again()
-	for _, other := range []string{`{"name":"b","description":"d"}`, `{"name":"a","description":"e"}`, `{"name":"a"}`, `{"name":"ad"}`} {
+	for _, other := range []string{
+		`{"name":"b","description":"d"}`, `{"name":"a","description":"e"}`, `{"name":"a"}`, `{"name":"ad"}`,
+	} {
 		refused(t, a, 9, "POST", create, other, key)
 	}
 	again()
 	// Other keys, and other projects, make other goods.
 	for key, path := range map[string]string{
-		keyHeader + strings.Repeat("k", 255): create, keyHeader + "Order 66 ~!": create, key: "/goods/create?projectId=2",
+		keyHeader + strings.Repeat("k", 255): create,
+		keyHeader + "Order 66 ~!":            create,
+		key:                                  "/goods/create?projectId=2",
 	} {
 		made := harness.Want[harness.Good](t, a, 201, "POST", path, body, key)
-		harness.Equal(t, harness.Want[harness.Good](t, a, 200, "POST", path, body, key), made, "repeated with %.40s", key)
+		again := harness.Want[harness.Good](t, a, 200, "POST", path, body, key)
+		harness.Equal(t, again, made, "repeated with %.40s", key)
 	}
 	// A request that failed does not use its key up.
 	refused(t, a, 4, "POST", "/goods/create?projectId=3", body, key)
@@ -129,7 +134,8 @@ FROM goods`)
 				done := state()
 				// Whichever it was, the cache must not hide it.
 				harness.Equal(t, harness.Want[answer](t, a, 200, "GET", "/goods/list", "").Goods, done, "list")
-				status := map[string][]int{"POST": {201, 200}, "PATCH": {200, 200}, "DELETE": {200, 404}}[call.method][sent]
+				statuses := map[string][]int{"POST": {201, 200}, "PATCH": {200, 200}, "DELETE": {200, 404}}
+				status := statuses[call.method][sent]
 				harness.Equal(t, a.Call(t, call.method, call.path, body, key).Status, status, "repeated")
 				if delivered {
 					harness.Equal(t, state(), done, "after it was repeated")

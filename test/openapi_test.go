@@ -69,7 +69,8 @@ func examples(t testing.TB, content *orderedmap.Map[string, *v3.MediaType]) (bod
 			harness.Must(t, example.Value.Decode(&value))
 			text, err := json.Marshal(value)
 			harness.Must(t, err)
-			if right, faults := validator.NewSchemaValidator().ValidateSchemaString(media.Schema.Schema(), string(text)); !right {
+			schemas := validator.NewSchemaValidator()
+			if right, faults := schemas.ValidateSchemaString(media.Schema.Schema(), string(text)); !right {
 				t.Errorf("example %s: %v", name, faults)
 			}
 			bodies = append(bodies, string(text))

@@ -194,7 +194,8 @@ func (f fault) scene(t testing.TB, own *harness.Servers) *scene {
 		direct, _ := url.Parse(s.Env[name])
 		s.proxy = s.NewProxy(t, name)
 		if u, _ := url.Parse(s.Env[name]); f.twoHosts {
-			s.Env[name] += "&host=" + u.Hostname() + "," + direct.Hostname() + "&port=" + u.Port() + "," + direct.Port()
+			s.Env[name] += "&host=" + u.Hostname() + "," + direct.Hostname() +
+				"&port=" + u.Port() + "," + direct.Port()
 		}
 	}
 	if f.prepare != nil {
@@ -289,6 +290,8 @@ SELECT json_agg(json_build_object('id', id, 'projectId', project_id, 'name', nam
 	'createdAt', to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')) ORDER BY priority)
 FROM goods`), &goods))
 	harness.Must(s, json.Unmarshal(harness.One[[]byte](s, s.World, `
-SELECT coalesce(json_object_agg(idempotency_key, id), '{}') FROM goods WHERE idempotency_key IS NOT NULL`), &keys))
+SELECT coalesce(json_object_agg(idempotency_key, id), '{}')
+FROM goods
+WHERE idempotency_key IS NOT NULL`), &keys))
 	return goods, keys
 }
