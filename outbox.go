@@ -88,11 +88,13 @@ func (r *relay) wait() {
 }
 
 // prepareStream prepares the stream. When it had to be created, whatever was published before is not in it,
-// and is published again. Should that fail, it is not repeated: requeueLost finds those events soon.
+// and is published again; what another goroutine has published since may be in it. Should that fail, it is
+// not repeated: requeueLost finds those events soon.
 func (r *relay) prepareStream() error {
+	start := time.Now()
 	created, err := r.stream.prepare()
 	if err == nil && created {
-		return r.requeue(0)
+		return r.requeue(time.Since(start))
 	}
 	return err
 }
