@@ -2,6 +2,7 @@ package faults
 
 import (
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"time"
 
@@ -79,6 +80,7 @@ func standbyLost(s *scene) {
 			ids[n] = s.create(fmt.Sprint("edited-", n)).ID
 		}
 	})
+	s.load.hung.Store(math.MaxInt64)
 	s.sh("kill", "standby")
 	begin := time.Now()
 	harness.Together(clients, func(i int) {
@@ -88,10 +90,16 @@ func standbyLost(s *scene) {
 			s.last(rand.N(2 * pace))
 		}
 	})
-	waiting := harness.One[int](s, s.World, `SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'`)
-	s.Logf("%d COMMITs wait for the standby", waiting)
-	if waiting > mostWaiting {
-		s.Errorf("%d COMMITs wait for the standby, want %d at most", waiting, mostWaiting)
+	waiting := func() int {
+		return harness.One[int](s, s.World, `SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'`)
+	}
+	n := waiting()
+	s.Logf("%d COMMITs wait for the standby", n)
+	if n > mostWaiting {
+		s.Errorf("%d COMMITs wait for the standby, want %d at most", n, mostWaiting)
 	}
 	s.sh("start", "standby")
+	harness.AwaitEqual(s, recoversWithin, func() bool { return waiting() < max(n, 1) }, true, "COMMITs go on")
+	s.last(time.Second)
+	s.load.hung.Store(time.Now().UnixNano())
 }

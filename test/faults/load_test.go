@@ -34,8 +34,9 @@ type load struct {
 
 	apps  atomic.Pointer[[]*harness.App] // that a balancer would choose from
 	ended atomic.Bool
-	void  atomic.Bool // Postgres may lose what was answered: nothing that clients know holds
-	stop  func()      // ends it, and waits for the last answer
+	void  atomic.Bool  // Postgres may lose what was answered: nothing that clients know holds
+	hung  atomic.Int64 // until then, in Unix nanoseconds, a COMMIT may wait: no write of unknown outcome settles
+	stop  func()       // ends it, and waits for the last answer
 
 	asked, created   atomic.Int64 // creates begun, and answered; the goods of the beginning among both
 	leaving, removed atomic.Int64 // removes begun, and answered
@@ -305,7 +306,7 @@ func (w *worker) check(goods []harness.Good, first int, begin time.Time) {
 		if !slices.ContainsFunc(u.possible, func(p []harness.Good) bool { return slices.Equal(p, shown) }) {
 			w.Errorf("from place %d on stand %+v, possible are %+v", u.place, shown, u.possible)
 		}
-		if begin.After(u.settles) {
+		if begin.After(u.settles) && begin.UnixNano() > w.hung.Load() {
 			u.possible = [][]harness.Good{shown}
 		}
 	}
