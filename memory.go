@@ -26,18 +26,28 @@ const (
 type memory struct {
 	used chan struct{} // has an element for each unit in use
 	turn chan struct{} // is held by the one caller that takes units: two with a part each would wait forever
+	// newcomers is held by the one caller that waits for turn, or has it, for the first time. So a caller that
+	// comes again, as its reply turned out to be larger, waits for at most one of them.
+	newcomers chan struct{}
 }
 
 func newMemory(bytes int) *memory {
 	return &memory{
-		used: make(chan struct{}, bytes/memoryUnit),
-		turn: make(chan struct{}, 1),
+		used:      make(chan struct{}, bytes/memoryUnit),
+		turn:      make(chan struct{}, 1),
+		newcomers: make(chan struct{}, 1),
 	}
 }
 
-// reserve waits for so many bytes, in the order of the calls. It fails with errNoMemory when ctx ends. The
-// caller must call release when it no longer needs them.
-func (m *memory) reserve(ctx context.Context, bytes int) (release func(), err error) {
+// reserve waits for so many bytes, in the order of the calls; with again, before those that have not waited
+// yet. It fails with errNoMemory when ctx ends. The caller must call release when it no longer needs them.
+func (m *memory) reserve(ctx context.Context, bytes int, again bool) (release func(), err error) {
+	if !again {
+		if err := enter(ctx, m.newcomers); err != nil {
+			return nil, err
+		}
+		defer func() { <-m.newcomers }()
+	}
 	if err := enter(ctx, m.turn); err != nil {
 		return nil, err
 	}
@@ -86,14 +96,14 @@ func newReplyMemory() replyMemory {
 }
 
 // reserve is memory.reserve, for a reply of so many bytes.
-func (m replyMemory) reserve(ctx context.Context, bytes int) (release func(), err error) {
+func (m replyMemory) reserve(ctx context.Context, bytes int, again bool) (release func(), err error) {
 	switch {
 	case bytes <= freeReply:
 		return func() {}, nil
 	case bytes <= mediumReply:
-		return m.medium.reserve(ctx, bytes)
+		return m.medium.reserve(ctx, bytes, again)
 	default:
-		return m.large.reserve(ctx, bytes)
+		return m.large.reserve(ctx, bytes, again)
 	}
 }
 
@@ -125,7 +135,7 @@ func (m replyMemory) build(ctx context.Context, build builder) (reply []byte, re
 		return reply, func() {}, nil
 	}
 	moment, cancel := context.WithTimeout(ctx, reserveTimeout)
-	release, err = m.reserve(moment, len(reply))
+	release, err = m.reserve(moment, len(reply), false)
 	cancel()
 	if err != nil { // the reply is dropped here
 		return m.buildReserved(ctx, deadline, smallReply, build)
@@ -134,13 +144,14 @@ func (m replyMemory) build(ctx context.Context, build builder) (reply []byte, re
 }
 
 // buildReserved reserves need bytes, and builds the reply then. Where the reply turns out to be larger, it
-// does both again.
+// does both again, before those that wait for the first time: else each of many that were estimated too low
+// would be built once, and none would have the time for a second attempt.
 func (m replyMemory) buildReserved(ctx context.Context, deadline time.Time, need int, build builder) (
 	reply []byte, release func(), err error) {
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
-	for {
-		release, err = m.reserve(ctx, need)
+	for again := false; ; again = true {
+		release, err = m.reserve(ctx, need, again)
 		if err != nil {
 			return nil, nil, err
 		}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -127,5 +129,42 @@ func TestReplyMemoryIsGivenBack(t *testing.T) {
 		hold(t, m, 1, largeMemory/4, 0)()
 		release()
 		hold(t, m, 1, largeMemory, 0)()
+	})
+}
+
+// Among many replies that were estimated too low, some are built: each would be built in vain otherwise.
+func TestRepliesEstimatedTooLow(t *testing.T) {
+	const replies, reading = 64, 100 * time.Millisecond
+	synctest.Test(t, func(t *testing.T) {
+		m := newReplyMemory()
+		build := buildOf(largeMemory, largeMemory/6) // JSON needs up to six bytes for one
+		// Not a mutex: while a goroutine waits for one, the clock of a bubble stands still.
+		oneAtATime := make(chan struct{}, 1)
+		slowly := func(ctx context.Context, maxBytes int, reserved bool) ([]byte, error) {
+			if reserved {
+				oneAtATime <- struct{}{}
+				defer func() { <-oneAtATime }()
+				time.Sleep(reading)
+			}
+			return build(ctx, maxBytes, reserved)
+		}
+		var built, refused atomic.Int32
+		var running sync.WaitGroup
+		for range replies {
+			running.Go(func() {
+				_, release, err := m.build(context.Background(), slowly)
+				if err != nil {
+					refused.Add(1)
+					return
+				}
+				release()
+				built.Add(1)
+			})
+		}
+		running.Wait()
+		// Each takes two readings, and there is time for 50.
+		if n := built.Load(); n < 20 {
+			t.Errorf("%d replies were built and %d refused, want 20 built at least", n, refused.Load())
+		}
 	})
 }
