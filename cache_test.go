@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -65,6 +66,27 @@ func TestLocalGoods(t *testing.T) {
 			t.Errorf("kept %d and %d bytes, want %d and none", len(kept[0]), len(kept[1]), localMaxSize)
 		}
 	})
+}
+
+// Goods are not mixed up, however many lists need them at once.
+func TestLocalGoodsAtOnce(t *testing.T) {
+	c := localCache()
+	var running sync.WaitGroup
+	for range 8 {
+		running.Go(func() {
+			for n := range int32(2000) {
+				keys := []key{newKey(1, 1+n), newKey(2, 1+n)}
+				goods := [][]byte{fmt.Appendf(nil, "1:%d", 1+n), fmt.Appendf(nil, "2:%d", 1+n)}
+				c.putLocal("one", keys, goods)
+				for i, good := range c.getLocal("one", keys) {
+					if good != nil && string(good) != string(goods[i]) {
+						t.Errorf("got %q, want %q or nothing", good, goods[i])
+					}
+				}
+			}
+		})
+	}
+	running.Wait()
 }
 
 // Nobody waits for a Redis that takes nothing.
