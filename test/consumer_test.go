@@ -62,9 +62,12 @@ func TestStreamIsSetUp(t *testing.T) {
 	setUp()
 }
 
-// A consumer that is deleted while the service runs is made anew.
+// A consumer that is deleted while the service runs is made anew, and is not asked for messages without end.
 func TestConsumerDeleted(t *testing.T) {
-	w, a := started(t)
+	t.Parallel()
+	w := harness.NewWorld(t)
+	fetches := counted(t, w, "NATS_URL", "$JS.API.CONSUMER.MSG.NEXT.")
+	a := w.Start(t)
 	ready(t, a)
 	for n := range 3 {
 		a.Create(t, "one")
@@ -73,6 +76,9 @@ func TestConsumerDeleted(t *testing.T) {
 		harness.Must(t, w.JS.DeleteConsumer(t.Context(), w.Stream(), "clickhouse"))
 		a.Create(t, "another")
 		harness.Equal(t, w.Settled(t, 20*time.Second), 2*n+2, "events")
+	}
+	if n := fetches.Load(); n > 500 {
+		t.Errorf("the service asked for messages %d times", n)
 	}
 }
 
@@ -100,7 +106,7 @@ func TestMessageDeliveredOften(t *testing.T) {
 // though not more and more rarely.
 func TestMessageStaysWithReplica(t *testing.T) {
 	t.Parallel()
-	for how, tries := range map[string]float64{"shut": 8, "frozen": 1} {
+	for how, tries := range map[string]float64{"shut": 9, "frozen": 1} {
 		t.Run(how, func(t *testing.T) {
 			t.Parallel()
 			w := harness.NewWorld(t)

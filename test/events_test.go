@@ -25,13 +25,13 @@ func published(t testing.TB, w *harness.World) {
 	harness.AwaitEqual(t, 15*time.Second, waiting, 0, "events that are not published")
 }
 
-// passTime makes the events look as if they had been published an hour ago. It takes no row's lock while
-// the service may hold another's.
-func passTime(t testing.TB, w *harness.World) {
+// passTime makes the events look as if so much more time had passed since they were published. It takes no
+// row's lock while the service may hold another's.
+func passTime(t testing.TB, w *harness.World, interval string) {
 	t.Helper()
 	w.Exec(t, `
 LOCK TABLE outbox IN EXCLUSIVE MODE;
-UPDATE outbox SET published_at = published_at - interval '1 hour'`)
+UPDATE outbox SET published_at = published_at - interval '`+interval+`'`)
 }
 
 func stream(t testing.TB, w *harness.World) jetstream.Stream {
@@ -137,6 +137,16 @@ func TestEventsLostByNATS(t *testing.T) {
 	if n := value(t, b, "goods_events_requeued_total", ""); n < 12 {
 		t.Errorf("got %g events that were published again, want 12 at least", n)
 	}
+	when := func(message string) time.Time {
+		t.Helper()
+		at, err := time.Parse(time.RFC3339Nano, fmt.Sprint(b.AwaitLines(t, message, 1)[0]["time"]))
+		harness.Must(t, err)
+		return at
+	}
+	took := when("events that nats lost are published again").Sub(when("listening"))
+	if took > 4*time.Second {
+		t.Errorf("they were published again after %v, want that at once, as the stream is new", took)
+	}
 
 	// The same while the service runs, and nothing is written afterwards that could show the loss.
 	lose := func(how func() error) {
@@ -153,8 +163,7 @@ func TestEventsLostByNATS(t *testing.T) {
 	// The messages vanish while the stream stays, as after a crash of NATS.
 	lose(func() error { return stream(t, w).Purge(t.Context()) })
 	harness.AwaitEqual(t, time.Minute, func() int {
-		// As if the clock had been set back; TestForgedMessages lets time pass.
-		w.Exec(t, `UPDATE outbox SET published_at = published_at + interval '1 hour'`)
+		passTime(t, w, "-1 hour") // as if the clock had been set back; TestForgedMessages lets time pass
 		return harness.One[int](t, w, `SELECT count(*) FROM outbox`)
 	}, 0, "events in the outbox")
 	harness.Equal(t, w.Settled(t, time.Second), 36, "events")
@@ -281,7 +290,7 @@ SELECT json_agg(event) FROM (SELECT to_jsonb(o) - 'published_at' || `+forged+`) 
 			harness.Equal(t, harness.One[int](t, w, `SELECT count(*) FROM outbox`), 12, "rows of the outbox")
 			b.Create(t, "another")
 			harness.AwaitEqual(t, time.Minute, func() int {
-				passTime(t, w)
+				passTime(t, w, "1 hour")
 				return harness.One[int](t, w, `SELECT count(*) FROM outbox`)
 			}, 0, "events in the outbox")
 			harness.Equal(t, w.Settled(t, time.Second), 13, "events")
