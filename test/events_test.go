@@ -260,44 +260,6 @@ func TestGarbageInTheStream(t *testing.T) {
 	harness.Equal(t, value(t, a, "goods_events_batches_total", ""), 2, "INSERTs")
 }
 
-// A message may carry the number of another event's row in the outbox: it is forged, of another deployment,
-// or of a future that a restored Postgres has not had. Only a row that is its event goes.
-func TestForgedMessages(t *testing.T) {
-	for name, forged := range map[string]string{ // in place of what is true
-		"numbers of other goods":    `jsonb_build_object('id', id - 1) FROM outbox AS o WHERE id % 2 = 0`,
-		"numbers of other versions": `jsonb_build_object('id', id + 6) FROM outbox AS o WHERE id <= 6`,
-		"other times": `
-jsonb_build_object('event_time', event_time + interval '1 ms') FROM outbox AS o`,
-	} {
-		t.Run(name, func(t *testing.T) {
-			w, a := started(t, nowhere)
-			makeGoods(t, w, 6)
-			w.Exec(t, `UPDATE goods SET name = name || '+'`) // rows 7 to 12
-			published(t, w)
-			harness.Must(t, a.Stop())
-			harness.Must(t, stream(t, w).Purge(t.Context())) // the true messages are lost
-			message := harness.One[[]byte](t, w, `
-SELECT json_agg(event) FROM (SELECT to_jsonb(o) - 'published_at' || `+forged+`) AS e (event)`)
-			_, err := w.JS.Publish(t.Context(), w.Subject(), message)
-			harness.Must(t, err)
-
-			b := w.Start(t)
-			harness.AwaitEqual(t, 30*time.Second, func() uint64 {
-				info, err := stream(t, w).Info(t.Context())
-				harness.Must(t, err)
-				return info.State.Msgs
-			}, 0, "messages in the stream")
-			harness.Equal(t, harness.One[int](t, w, `SELECT count(*) FROM outbox`), 12, "rows of the outbox")
-			b.Create(t, "another")
-			harness.AwaitEqual(t, time.Minute, func() int {
-				passTime(t, w, "1 hour")
-				return harness.One[int](t, w, `SELECT count(*) FROM outbox`)
-			}, 0, "events in the outbox")
-			harness.Equal(t, w.Settled(t, time.Second), 13, "events")
-		})
-	}
-}
-
 // The times of versions are taken when their locks are held, so they never run backwards, however long a
 // call waited.
 func TestTimesOfVersions(t *testing.T) {
