@@ -2,7 +2,6 @@ package test
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -79,6 +78,24 @@ WHERE datname = current_database()`)
 	if sessions > 2*(25+4+1)+10 {
 		t.Errorf("got %d sessions in Postgres: connections are not kept", sessions)
 	}
+	t.Logf("%d sessions in Postgres", sessions)
+}
+
+// insist makes a call until it gets something else than 503. On a busy machine, a call may take longer than
+// it may, and may have been made when it gets 503. repeated says that it was made more than once.
+func insist(t testing.TB, a *harness.App, method, path, body string, header ...string) (
+	r harness.Reply, repeated bool) {
+	t.Helper()
+	calls := 0
+	harness.Eventually(t, time.Minute, func() error {
+		calls++
+		r = a.Call(t, method, path, body, header...)
+		if r.Status == 503 {
+			return fmt.Errorf("%s %s: got 503 %d times", method, path, calls)
+		}
+		return nil
+	})
+	return r, calls > 1
 }
 
 // A move renumbers at most 10,000 goods within a request's time, and says so of a longer one.
@@ -89,23 +106,12 @@ func TestLongMove(t *testing.T) {
 	details := refused(t, a, 2, "PATCH", "/goods/reprioritize"+target(most+2), somePlace)
 	told := has(details["newPriority"], fmt.Sprint("at ", most+2, " goes ", most, " between 2 ", 2*most+2))
 	harness.Equal(t, told, true, "the position and the limit are in the details %v", details)
-	// On a machine with much else to do it takes longer than a request may: then it gets 503, and may have
-	// been made or not. To repeat it is safe.
-	var last harness.Reply
-	calls := 0
-	harness.Eventually(t, time.Minute, func() error {
-		calls++
-		last = a.Call(t, "PATCH", "/goods/reprioritize"+target(most+1), somePlace)
-		if last.Status == 503 {
-			return errors.New("the longest move got 503")
-		}
-		return nil
-	})
+	r, repeated := insist(t, a, "PATCH", "/goods/reprioritize"+target(most+1), somePlace)
 	var moved answer
-	harness.Must(t, json.Unmarshal([]byte(last.Body), &moved))
-	harness.Equal(t, []any{last.Status, moved.Priorities[0]}, []any{200, place{most + 1, 1}},
+	harness.Must(t, json.Unmarshal([]byte(r.Body), &moved))
+	harness.Equal(t, []any{r.Status, moved.Priorities[0]}, []any{200, place{most + 1, 1}},
 		"status and first place")
-	if places := moved.Priorities; calls == 1 {
+	if places := moved.Priorities; !repeated {
 		harness.Equal(t, []any{len(places), places[1], places[most]},
 			[]any{most + 1, place{1, 2}, place{most, most + 1}}, "places")
 	}
@@ -126,7 +132,7 @@ func TestLargeMovesTakeTurns(t *testing.T) {
 		body := fmt.Sprintf(`{"newPriority":%d}`, to)
 		moved := harness.Want[answer](t, a, 200, "PATCH", "/goods/reprioritize"+target(id), body).Priorities
 		if len(moved) <= span || moved[0] != (place{id, to}) {
-			t.Errorf("move of %d to %d: got %d places, the first %v", id, to, len(moved), moved[0])
+			t.Errorf("move of %d to %d: got %d places, the first %v", id, to, len(moved), moved[:min(1, len(moved))])
 		}
 	})
 	batches := func() float64 { return value(t, a, "goods_batch_size", `value:"reprioritize"`) }
@@ -141,8 +147,8 @@ func TestCallsThatWait(t *testing.T) {
 	w, a := started(t, "EVENTS_BATCH=50")
 	makeGoods(t, w, 12)
 	const moves, edits, others = 32, 8, 4
-	// quick makes other calls until the time is over, and returns what most of them took.
-	quick := func(i int, until time.Time) (median time.Duration) {
+	// quick makes other calls until the time is over, and returns what nine of ten took at most.
+	quick := func(i int, until time.Time) (p90 time.Duration) {
 		var took []time.Duration
 		for n := 0; n == 0 || time.Now().Before(until); n++ {
 			asked := time.Now()
@@ -154,7 +160,7 @@ func TestCallsThatWait(t *testing.T) {
 			took = append(took, time.Since(asked))
 		}
 		slices.Sort(took)
-		return took[len(took)/2]
+		return took[len(took)*9/10]
 	}
 	var alone, beside [others]time.Duration
 	until := time.Now().Add(time.Second)
@@ -179,10 +185,10 @@ func TestCallsThatWait(t *testing.T) {
 			}
 		}
 	})
-	t.Logf("half of the calls took at most %v alone, and %v while other calls wait", alone, beside)
+	t.Logf("nine of ten calls took at most %v alone, and %v while other calls wait", alone, beside)
 	for i := range others {
 		if limit := time.Second + 3*alone[i]; beside[i] > limit {
-			t.Errorf("half of the calls took %v or more while other calls wait, want %v", beside[i], limit)
+			t.Errorf("one of ten calls took %v or more while other calls wait, want %v", beside[i], limit)
 		}
 	}
 	harness.Must(t, tx.Rollback())
