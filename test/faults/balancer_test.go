@@ -50,9 +50,10 @@ func TestBalancers(t *testing.T) {
 	for _, b := range []struct {
 		name    string
 		repeats bool // a DELETE whose replica has gone
+		checks  bool // whether a replica can serve
 	}{
-		{"nginx", true},
-		{"haproxy", false},
+		{"nginx", true, false},
+		{"haproxy", false, true},
 	} {
 		t.Run(b.name, func(t *testing.T) {
 			w := harness.NewWorld(t)
@@ -87,6 +88,9 @@ func TestBalancers(t *testing.T) {
 				r := c.app.Call(t, c.method, c.path, c.body, c.header...)
 				harness.Equal(t, r.Status, c.status, "status of %s %s %.30s %v", c.method, c.path, c.body, c.header)
 			}
+			if b.checks {
+				leftOut(t, proxy, first, seen)
+			}
 			removedTwice(t, w, proxy, first, seen, b.repeats)
 			refused := 0
 			for range 1000 {
@@ -97,6 +101,23 @@ func TestBalancers(t *testing.T) {
 			harness.Equal(t, refused > 0, true, "whether a client that asks too often gets 429")
 		})
 	}
+}
+
+// leftOut has the first replica lose Postgres. The balancer then sends everything to the second.
+func leftOut(t *testing.T, proxy *harness.Proxy, first, seen *harness.App) {
+	proxy.Shut()
+	state := func() int { return first.Call(t, "GET", "/readyz", "").Status }
+	harness.AwaitEqual(t, 15*time.Second, state, 503, "/readyz without Postgres")
+	harness.Eventually(t, 5*time.Second, func() error {
+		for range 20 {
+			if status := seen.Call(t, "GET", "/goods/list?limit=1", "").Status; status != 200 {
+				return fmt.Errorf("got %d from a balancer with one good replica", status)
+			}
+		}
+		return nil
+	})
+	proxy.Pass()
+	harness.Eventually(t, 15*time.Second, first.Ready)
 }
 
 // removedTwice has the first replica remove a good, and end before it answers. A balancer that repeats the
