@@ -162,9 +162,9 @@ func TestRepliesEstimatedTooLow(t *testing.T) {
 			})
 		}
 		running.Wait()
-		// Each takes two readings, and there is time for 50.
-		if n := built.Load(); n < 20 {
-			t.Errorf("%d replies were built and %d refused, want 20 built at least", n, refused.Load())
+		// There is time for 50 readings, and each reply takes two, and may wait for others that are read first.
+		if n := built.Load(); n < 10 {
+			t.Errorf("%d replies were built and %d refused, want 10 built at least", n, refused.Load())
 		}
 	})
 }
