@@ -241,6 +241,7 @@ func TestCreatesTogether(t *testing.T) {
 // A call for a good that another transaction has locked waits for it, and holds up nobody: no create, and
 // no call for another good.
 func TestLockedGood(t *testing.T) {
+	t.Parallel()
 	for name, waiting := range map[string]call{
 		"update":                       {"PATCH", "/goods/update" + target(2), someName},
 		"remove":                       {"DELETE", "/goods/remove" + target(2), ""},

@@ -204,6 +204,7 @@ SELECT coalesce(string_agg(id::text, ' ' ORDER BY id), '') FROM outbox`)
 // A message may carry the number of another event's row in the outbox: it is forged, of another deployment,
 // or of a future that a restored Postgres has not had. Only a row that is its event goes.
 func TestForgedMessages(t *testing.T) {
+	t.Parallel()
 	for name, forged := range map[string]string{ // in place of what is true
 		"numbers of other goods":    `jsonb_build_object('id', id - 1) FROM outbox AS o WHERE id % 2 = 0`,
 		"numbers of other versions": `jsonb_build_object('id', id + 6) FROM outbox AS o WHERE id <= 6`,

@@ -79,7 +79,9 @@ DROP ROLE %[1]s`, user))
 				}
 				p := w.NewProxy(t, variable)
 				a := w.Start(t)
-				a.Create(t, "first "+secret)
+				for range len(calls) {
+					a.Create(t, "first "+secret)
+				}
 				ready(t, a)
 				w.Settled(t, 15*time.Second)
 				resume := p.Pass
@@ -89,15 +91,18 @@ DROP ROLE %[1]s`, user))
 					resume = p.Freeze()
 				}
 				ready(t, a, name)
-				for _, call := range append(calls, struct{ method, path, body string }{"GET", "/metrics", ""}) {
+				asked := append(calls, call{"GET", "/metrics", ""})
+				harness.Together(len(asked), func(i int) {
+					// Each has a good of its own.
+					path := strings.Replace(asked[i].path, target(1), target(1+i), 1)
 					start := time.Now()
-					status := a.Call(t, call.method, call.path, strings.Replace(call.body, "x", secret, 1)).Status
-					refused := name == "postgres" && call.path != "/metrics"
-					if (status == 503) != refused || !refused && status > 201 || time.Since(start) > 5*time.Second {
-						t.Errorf("%s: got %d after %v, want an answer within five seconds",
-							call.path, status, time.Since(start))
+					r := a.Call(t, asked[i].method, path, strings.Replace(asked[i].body, "x", secret, 1))
+					refused := name == "postgres" && path != "/metrics"
+					took := time.Since(start)
+					if (r.Status == 503) != refused || !refused && r.Status > 201 || took > 5*time.Second {
+						t.Errorf("%s: got %d after %v, want an answer within five seconds", path, r.Status, took)
 					}
-				}
+				})
 				failures := func() int { return inLog(a, "failing", name) }
 				harness.AwaitEqual(t, 15*time.Second, failures, 1, "failures in the log")
 				resume()

@@ -48,6 +48,7 @@ CREATE TRIGGER note_settings
 // What takes too long ends in Postgres, too: nothing goes on for callers who have gone. The log says what it
 // was.
 func TestSlowStatementsEnd(t *testing.T) {
+	t.Parallel()
 	const update = "/goods/update"
 	for cause, slow := range map[string]string{
 		"statement timeout": `SELECT pg_sleep(60)`,
