@@ -366,7 +366,7 @@ func withoutPostgres(t *testing.T, browser context.Context) {
 	tb.write("#create [name=name]", "2"+kb.Enter)
 	tb.awaitText("#create .note", "The database is out of reach. Trying again…")
 	tb.awaitText("#filter .note", "The database is out of reach. Trying again…")
-	await(tb, `document.querySelector('#servers [title=down]')?.textContent`, "Postgres")
+	tb.awaitText("#servers [title=down]", "Postgres")
 	proxy.Pass()
 	tb.awaitNames("1", "2")
 	tb.awaitText("#create .note", "")

@@ -228,7 +228,7 @@ func await[T any](tb *tab, expression string, want T) {
 // awaitText waits until an element has this text.
 func (tb *tab) awaitText(selector, want string) {
 	tb.t.Helper()
-	await(tb, fmt.Sprintf(`document.querySelector(%q)?.textContent`, selector), want)
+	await(tb, fmt.Sprintf(`document.querySelector(%q)?.textContent ?? ''`, selector), want)
 }
 
 // awaitNames waits until the list shows these names, in this order.
@@ -238,4 +238,4 @@ func (tb *tab) awaitNames(want ...string) {
 }
 
 // focused is the row that has the focus.
-const focused = `document.activeElement.closest('#list > li')?.id`
+const focused = `document.activeElement.closest('#list > li')?.id ?? ''`
