@@ -56,10 +56,6 @@ func (s *service) History(ctx context.Context, q historyRequest) (page []byte, r
 // readHistory answers the first request, and those that are equal. A failure is not retried: there is no
 // time for a second historyTimeout.
 func (s *service) readHistory(requests []historyRequest, results []result[[]byte], _ bool) error {
-	if requests[0].reserved {
-		s.replies.buildingHistory.Lock()
-		defer s.replies.buildingHistory.Unlock()
-	}
 	page, err := s.events.history(requests[0])
 	answerEqual(requests, results, result[[]byte]{answer: page, err: err})
 	return nil

@@ -82,16 +82,16 @@ func (m *memory) free(units int) {
 type replyMemory struct {
 	medium, large *memory
 	// A batcher finishes a large reply even when its caller has left, and has given back the memory for it.
-	// These are locked while one is built, so that it is at most one list and one history.
-	buildingList, buildingHistory *sync.Mutex
+	// Two batchers and their retries build lists: each of them locks this, so that one is built at a time. Of
+	// histories that is so without a lock, as one goroutine builds all.
+	buildingList *sync.Mutex
 }
 
 func newReplyMemory() replyMemory {
 	return replyMemory{
-		medium:          newMemory(mediumMemory),
-		large:           newMemory(largeMemory),
-		buildingList:    &sync.Mutex{},
-		buildingHistory: &sync.Mutex{},
+		medium:       newMemory(mediumMemory),
+		large:        newMemory(largeMemory),
+		buildingList: &sync.Mutex{},
 	}
 }
 
