@@ -3,7 +3,7 @@
 -- index alone, so a page far down the list reads little else.
 SELECT r.n, m.total, m.removed,
        CASE
-           WHEN r.last - r.first < 5 THEN 0
+           WHEN r.last - r.first < 10 THEN 0
            ELSE (
                SELECT coalesce(sum(octet_length(g.name) + octet_length(g.description) + 150), 0)
                FROM (
