@@ -18,8 +18,8 @@ const (
 	insertWorkers = 2                // INSERTs at a time: more are slower, as each makes a part
 	eventTimeout  = 5 * time.Second  // for one exchange with ClickHouse, or one statement of Postgres
 	ackWait       = 3 * eventTimeout // longer than an INSERT, a migration after it, and retryMost
-	// lostAfter is how much longer ago than the oldest message of the stream an event must have been published
-	// to count as lost: longer than from looking at the stream to the end of the UPDATE after it.
+	// An event is lost if it was published more than lostAfter before the oldest message of the stream, and is
+	// still in the outbox. The margin covers the time from asking for the stream to the end of the UPDATE.
 	lostAfter    = 2 * eventTimeout
 	lookInterval = lostAfter / 2 // between two looks for lost events
 	retryFirst   = 100 * time.Millisecond
@@ -83,7 +83,7 @@ func (c *consumer) run() {
 
 // consume consumes until NATS fails. It reports to state that it works.
 func (c *consumer) consume(state *stateLog) error {
-	queue, err := c.open() // the consumer of NATS, which all replicas share
+	pull, err := c.openPull()
 	if err != nil {
 		return err
 	}
@@ -91,11 +91,11 @@ func (c *consumer) consume(state *stateLog) error {
 	for {
 		if time.Since(lastLook) > lookInterval {
 			lastLook = time.Now()
-			if err := c.requeueLost(queue); err != nil {
+			if err := c.requeueLost(pull); err != nil {
 				return err
 			}
 		}
-		messages, err := fetch(queue)
+		messages, err := fetch(pull)
 		if err != nil {
 			return err
 		}
@@ -104,8 +104,8 @@ func (c *consumer) consume(state *stateLog) error {
 	}
 }
 
-// open makes the consumer of NATS what it has to be.
-func (c *consumer) open() (jetstream.Consumer, error) {
+// openPull makes the pull consumer that all replicas share what it has to be.
+func (c *consumer) openPull() (jetstream.Consumer, error) {
 	// The relay does the same, but notices that the stream is gone only when it publishes.
 	if err := c.relay.prepareStream(); err != nil {
 		return nil, err
@@ -122,8 +122,8 @@ func (c *consumer) open() (jetstream.Consumer, error) {
 
 // fetch returns the messages that are there. If there are none, it waits a moment for one. After an error,
 // what came before it is not returned: NATS delivers it again.
-func fetch(queue jetstream.Consumer) ([]jetstream.Msg, error) {
-	batch, err := queue.FetchNoWait(fetchLimit)
+func fetch(pull jetstream.Consumer) ([]jetstream.Msg, error) {
+	batch, err := pull.FetchNoWait(fetchLimit)
 	if err != nil {
 		return nil, err
 	}
@@ -131,7 +131,7 @@ func fetch(queue jetstream.Consumer) ([]jetstream.Msg, error) {
 	if err != nil || len(messages) > 0 {
 		return messages, err
 	}
-	batch, err = queue.Fetch(1, jetstream.FetchMaxWait(natsTimeout))
+	batch, err = pull.Fetch(1, jetstream.FetchMaxWait(natsTimeout))
 	if err != nil {
 		return nil, err
 	}
@@ -257,10 +257,10 @@ func (c *consumer) clearOutbox(deliveries []*delivery) error {
 // and its events leave the outbox before that. So what is still in the outbox, but was published before the
 // oldest message that the stream has, is in no message; in an empty stream there is nothing at all. What was
 // published within lostAfter is left for later.
-func (c *consumer) requeueLost(queue jetstream.Consumer) error {
+func (c *consumer) requeueLost(pull jetstream.Consumer) error {
 	ctx, cancel := context.WithTimeout(context.Background(), natsTimeout)
 	defer cancel()
-	if _, err := queue.Info(ctx); err != nil { // a fetch from a consumer that is gone may just find nothing
+	if _, err := pull.Info(ctx); err != nil { // a fetch from a consumer that is gone may just find nothing
 		return err
 	}
 	stream, err := c.stream.js.Stream(ctx, c.stream.name())
@@ -268,6 +268,9 @@ func (c *consumer) requeueLost(queue jetstream.Consumer) error {
 		return err
 	}
 	info := stream.CachedInfo()
+	if err := c.stream.checkOurs(info.Config); err != nil { // another database may have taken the place of ours
+		return err
+	}
 	age := lostAfter
 	if info.State.Msgs > 0 {
 		now := info.TimeStamp // of NATS, whose clock need not be ours; servers before 2.10 do not tell

@@ -15,15 +15,15 @@ import (
 
 const (
 	relayClaim   = 500                    // rows claimed at a time; EVENTS_BATCH, if that is more
-	relayPoll    = time.Second            // between two looks at the outbox, at most; a write causes one
+	relayPoll    = time.Second            // the outbox is looked at this often, at least; a write wakes the relay
 	relayDelay   = 100 * time.Millisecond // after a write, so that other events get into the same message
 	requeueBatch = 10_000                 // rows of one statement
 
 	sampleInterval = 2 * time.Second
 )
 
-// relay publishes the events of the outbox. Any number of replicas may do so at once: each claims other
-// rows. It may be killed at any point: rows that were published, but are not marked, are published again.
+// relay publishes the events of the outbox. Any number of replicas may do so at once: each claims rows
+// of its own. It may be killed at any point: rows that were published, but are not marked, are published again.
 type relay struct {
 	db      *database // commits without waiting for the disk: to lose one only repeats work
 	stream  *stream
@@ -87,12 +87,23 @@ func (r *relay) wait() {
 	}
 }
 
-// prepareStream prepares the stream. When it had to be created, whatever was published before is not in it,
-// and is published again; what another goroutine has published since may be in it. Should that fail, it is
-// not repeated: requeueLost finds those events soon.
+// The identity of the database: standbys have the same, but not what is restored from a dump.
+const databaseIDSQL = `
+SELECT concat_ws('-', system_identifier, d.oid, to_regclass('goods')::oid)
+FROM pg_control_system(), pg_database AS d
+WHERE d.datname = current_database()`
+
+// prepareStream makes the stream what it has to be. If it had to be created, NATS has lost everything that
+// was published before this call: it is published again. What was published during this call is left alone,
+// as the new stream may hold it. If the requeue fails, requeueLost finds those events later.
 func (r *relay) prepareStream() error {
 	start := time.Now()
-	created, err := r.stream.prepare()
+	var owner string
+	err := r.db.query(databaseIDSQL, nil, func(rows *sql.Rows) error { return rows.Scan(&owner) })
+	if err != nil {
+		return err
+	}
+	created, err := r.stream.prepare(owner)
 	if err == nil && created {
 		return r.requeue(time.Since(start))
 	}
@@ -213,7 +224,8 @@ func (r *relay) publishAll(messages [][]claimedEvent) (published pq.Int64Array, 
 	return published, err
 }
 
-// A published_at in the future was written before the clock was set back.
+// A published_at in the future was written before the clock was set back; by a few seconds, that is left to
+// pass, as a clock may be corrected by so much.
 const requeueEventsSQL = `
 UPDATE outbox
 SET published_at = NULL
@@ -221,7 +233,7 @@ WHERE id IN (
     SELECT id
     FROM outbox
     WHERE published_at < statement_timestamp() - $1 * interval '1 second'
-       OR published_at > statement_timestamp()
+       OR published_at > statement_timestamp() + interval '10 seconds'
     LIMIT $2
 )`
 

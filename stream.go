@@ -32,7 +32,8 @@ type stream struct {
 	log       *slog.Logger
 
 	mu        sync.Mutex      // guards what follows
-	lastError error           // of the connection since it was made; while there is none, why
+	owner     string          // the database whose events the stream is for, "" until prepare is called
+	lastError error           // the last one since the connection was made; without a connection, the reason
 	noted     map[string]bool // the errors that were logged since
 }
 
@@ -107,30 +108,45 @@ func (s *stream) connected() error {
 	return nats.ErrDisconnected
 }
 
-func (s *stream) config() jetstream.StreamConfig {
+// ownerPrefix begins the description of a stream. The rest is the owner.
+const ownerPrefix = "goods of the database "
+
+func (s *stream) config(owner string) jetstream.StreamConfig {
 	return jetstream.StreamConfig{
-		Name:      s.name(),
-		Subjects:  []string{s.subject()},
-		Retention: jetstream.WorkQueuePolicy,
-		Discard:   jetstream.DiscardNew,
-		Storage:   jetstream.FileStorage,
-		MaxMsgs:   streamLimit,
-		Replicas:  s.replicas,
+		Name:        s.name(),
+		Description: ownerPrefix + owner,
+		Subjects:    []string{s.subject()},
+		Retention:   jetstream.WorkQueuePolicy,
+		Discard:     jetstream.DiscardNew,
+		Storage:     jetstream.FileStorage,
+		MaxMsgs:     streamLimit,
+		Replicas:    s.replicas,
 	}
 }
 
-// checkOurs returns an error if a stream of our name belongs to another application. Nothing of that one is
-// changed.
+// checkOurs returns an error if a stream of our name belongs to another application, or has the events of
+// another database, which would get into our history. Nothing of that stream is changed.
 func (s *stream) checkOurs(found jetstream.StreamConfig) error {
-	if found.Retention == jetstream.WorkQueuePolicy && slices.Equal(found.Subjects, []string{s.subject()}) {
-		return nil
+	if found.Retention != jetstream.WorkQueuePolicy || !slices.Equal(found.Subjects, []string{s.subject()}) {
+		return fmt.Errorf("the stream %s belongs to another application (its subjects are %s): "+
+			"set NAMESPACE to another name", s.name(), strings.Join(found.Subjects, ", "))
 	}
-	return fmt.Errorf("the stream %s belongs to another application (its subjects are %s): "+
-		"set NAMESPACE to another name", s.name(), strings.Join(found.Subjects, ", "))
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	owner, known := strings.CutPrefix(found.Description, ownerPrefix)
+	if known && s.owner != "" && owner != s.owner {
+		return fmt.Errorf("the stream %s has the events of another database, %s (ours is %s): set NAMESPACE to "+
+			"another name, or delete the stream if that database is no longer used", s.name(), owner, s.owner)
+	}
+	return nil
 }
 
-// prepare makes the stream what it has to be, and reports whether it had to be created.
-func (s *stream) prepare() (created bool, err error) {
+// prepare makes the stream what it has to be, for the events of the database owner, and reports whether it
+// had to be created.
+func (s *stream) prepare(owner string) (created bool, err error) {
+	s.mu.Lock()
+	s.owner = owner
+	s.mu.Unlock()
 	if err := s.connected(); err != nil {
 		return false, err
 	}
@@ -138,7 +154,7 @@ func (s *stream) prepare() (created bool, err error) {
 	defer cancel()
 	found, err := s.js.Stream(ctx, s.name())
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
-		_, err = s.js.CreateStream(ctx, s.config())
+		_, err = s.js.CreateStream(ctx, s.config(owner))
 		return err == nil, err
 	}
 	if err != nil {
@@ -147,8 +163,14 @@ func (s *stream) prepare() (created bool, err error) {
 	if err := s.checkOurs(found.CachedInfo().Config); err != nil {
 		return false, err
 	}
-	_, err = s.js.UpdateStream(ctx, s.config())
-	return false, err
+	updated, err := s.js.UpdateStream(ctx, s.config(owner))
+	if err != nil {
+		return false, err
+	}
+	if s.replicas > 1 && updated.CachedInfo().Cluster == nil { // which NATS accepts, and keeps one replica
+		return false, fmt.Errorf("NATS_REPLICAS is %d, but NATS is no cluster", s.replicas)
+	}
+	return false, nil
 }
 
 // ping reports whether the stream can be used. It also tells the metrics how many messages are in it.

@@ -231,6 +231,36 @@ func TestForeignStreamLater(t *testing.T) {
 	harness.Equal(t, w.Settled(t, 20*time.Second), 5, "events")
 }
 
+// A stream is left to the database whose events it has: two deployments that share NATS and forgot to set
+// NAMESPACE, or a restored database and the events of a future that it has not had, do not mix histories.
+func TestStreamOfAnotherDatabase(t *testing.T) {
+	w, a := started(t)
+	makeGoods(t, w, 3)
+	ready(t, a)
+	other := harness.NewWorld(t)
+	b := other.Start(t, "NAMESPACE="+w.Namespace)
+	makeGoods(t, other, 5)
+	warned(t, b, `"name":"relay"`, "another database")
+	warned(t, b, `"name":"consumer"`, "another database")
+	ready(t, b, "nats")
+	harness.Equal(t, w.Settled(t, 20*time.Second), 3, "events of the first database")
+
+	harness.Must(t, a.Stop())
+	harness.Must(t, w.JS.DeleteStream(t.Context(), w.Stream()))
+	ready(t, b)
+	harness.Equal(t, other.Settled(t, 20*time.Second), 5, "events of the second database")
+	harness.Equal(t, len(w.Events(t)), 3, "events of the first database")
+}
+
+// A server without a cluster keeps one replica, whatever it is told.
+func TestReplicasWithoutCluster(t *testing.T) {
+	w, a := started(t)
+	ready(t, a)
+	harness.Must(t, a.Stop())
+	b := w.Start(t, "NATS_REPLICAS=3")
+	warned(t, b, `"name":"relay"`, "NATS_REPLICAS is 3")
+}
+
 // What NATS refuses, here because the stream is full, waits in the outbox and does not count as published.
 func TestStreamFull(t *testing.T) {
 	t.Parallel()
