@@ -18,8 +18,8 @@ const (
 	insertWorkers = 2                // INSERTs at a time: more are slower, as each makes a part
 	eventTimeout  = 5 * time.Second  // for one exchange with ClickHouse, or one statement of Postgres
 	ackWait       = 3 * eventTimeout // longer than an INSERT, a migration after it, and retryMost
-	// An event is lost if it was published more than lostAfter before the oldest message of the stream, and is
-	// still in the outbox. The margin covers the time from asking for the stream to the end of the UPDATE.
+	// An event is lost if it was published more than lostAfter before the oldest message of the stream, and
+	// is still in the outbox. The margin covers the time from asking for the stream to the end of the UPDATE.
 	lostAfter    = 2 * eventTimeout
 	lookInterval = lostAfter / 2 // between two looks for lost events
 	retryFirst   = 100 * time.Millisecond
@@ -268,7 +268,7 @@ func (c *consumer) requeueLost(pull jetstream.Consumer) error {
 		return err
 	}
 	info := stream.CachedInfo()
-	if err := c.stream.checkOurs(info.Config); err != nil { // another database may have taken the place of ours
+	if err := c.stream.checkOurs(info.Config); err != nil { // Postgres may be another one by now
 		return err
 	}
 	age := lostAfter

@@ -15,15 +15,15 @@ import (
 
 const (
 	relayClaim   = 500                    // rows claimed at a time; EVENTS_BATCH, if that is more
-	relayPoll    = time.Second            // the outbox is looked at this often, at least; a write wakes the relay
+	relayPoll    = time.Second            // between two looks at the outbox, at most; a write wakes the relay
 	relayDelay   = 100 * time.Millisecond // after a write, so that other events get into the same message
 	requeueBatch = 10_000                 // rows of one statement
 
 	sampleInterval = 2 * time.Second
 )
 
-// relay publishes the events of the outbox. Any number of replicas may do so at once: each claims rows
-// of its own. It may be killed at any point: rows that were published, but are not marked, are published again.
+// relay publishes the events of the outbox. Any number of replicas may do so at once: each claims rows of
+// its own. It may be killed at any point: rows that were published, but are not marked, are published again.
 type relay struct {
 	db      *database // commits without waiting for the disk: to lose one only repeats work
 	stream  *stream

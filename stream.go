@@ -135,8 +135,9 @@ func (s *stream) checkOurs(found jetstream.StreamConfig) error {
 	defer s.mu.Unlock()
 	owner, known := strings.CutPrefix(found.Description, ownerPrefix)
 	if known && s.owner != "" && owner != s.owner {
-		return fmt.Errorf("the stream %s has the events of another database, %s (ours is %s): set NAMESPACE to "+
-			"another name, or delete the stream if that database is no longer used", s.name(), owner, s.owner)
+		return fmt.Errorf("the stream %s has the events of another database, %s (ours is %s): set NAMESPACE "+
+			"to another name, or delete the stream if that database is no longer used",
+			s.name(), owner, s.owner)
 	}
 	return nil
 }
