@@ -21,20 +21,22 @@ type api struct {
 	metrics *metrics
 	log     *slog.Logger
 	origins *http.CrossOriginProtection
-	policy  string      // Content-Security-Policy of the page
-	outage  *stateLog   // replies of 503
-	closing atomic.Bool // set by serveHTTP at the end: /readyz and every reply say so
+	policy  string // Content-Security-Policy of the page
+	// Replies of 503: to calls that Postgres answers, and to those that ClickHouse does.
+	outage, historyOutage *stateLog
+	closing               atomic.Bool // set by serveHTTP at the end: /readyz and every reply say so
 }
 
 func newAPI(service *service, health *health, metrics *metrics, log *slog.Logger) *api {
 	return &api{
-		service: service,
-		health:  health,
-		metrics: metrics,
-		log:     log,
-		origins: http.NewCrossOriginProtection(),
-		policy:  contentSecurityPolicy(pageHTML),
-		outage:  &stateLog{log: log, name: "requests", quiet: quietEnd},
+		service:       service,
+		health:        health,
+		metrics:       metrics,
+		log:           log,
+		origins:       http.NewCrossOriginProtection(),
+		policy:        contentSecurityPolicy(pageHTML),
+		outage:        &stateLog{log: log, name: "requests", quiet: quietEnd},
+		historyOutage: &stateLog{log: log, name: "history", quiet: quietEnd},
 	}
 }
 

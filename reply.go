@@ -82,9 +82,16 @@ func (a *api) serve(h handler, w http.ResponseWriter, r *http.Request) (answer r
 	}
 	answer, err = h(w, r)
 	if err == nil && strings.HasPrefix(r.URL.Path, "/goods/") {
-		a.outage.report(nil)
+		a.outageOf(r).report(nil)
 	}
 	return answer, err
+}
+
+func (a *api) outageOf(r *http.Request) *stateLog {
+	if r.URL.Path == "/goods/history" {
+		return a.historyOutage
+	}
+	return a.outage
 }
 
 // failed returns the reply to a request that failed with err, which it logs unless it is the client's own.
@@ -102,7 +109,7 @@ func (a *api) failed(w http.ResponseWriter, r *http.Request, id string, err erro
 	case errUnavailable:
 		w.Header().Set("Retry-After", "1")
 		if r.Context().Err() == nil { // else the client has only left
-			a.outage.report(err)
+			a.outageOf(r).report(err)
 		}
 	case errBodyTimeout, errTooLarge:
 		closeAfterReply(w)

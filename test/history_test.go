@@ -233,4 +233,6 @@ func TestHistoryWithoutClickHouse(t *testing.T) {
 	refused(t, a, 8, "GET", history, "")
 	a.Create(t, "the event that makes the table again")
 	answers()
+	harness.Equal(t, inLog(a, "failing", "history") > 0, true, "whether the log says that histories failed")
+	harness.Equal(t, inLog(a, "failing", "requests"), 0, "failures of other calls in the log")
 }

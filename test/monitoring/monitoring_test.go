@@ -91,13 +91,18 @@ func family(kinds map[string]string, name string) string {
 	return name
 }
 
-// failOnce makes one request end with 503, so that there are failures to count.
+// failOnce makes a create and a history end with 503, so that there are failures to count.
 func failOnce(t *testing.T, w *harness.World, a *harness.App) {
 	t.Helper()
 	held := w.Hold(t, "LOCK TABLE goods")
 	r := a.Call(t, "POST", "/goods/create?projectId=1", `{"name":"x"}`)
 	harness.Equal(t, r.Status, http.StatusServiceUnavailable, "status of a create while the table is locked")
 	harness.Must(t, held.Rollback())
+	harness.Eventually(t, 20*time.Second, a.Ready)
+	show := w.HideLog(t)
+	r = a.Call(t, "GET", "/goods/history?projectId=1&id=1", "")
+	harness.Equal(t, r.Status, http.StatusServiceUnavailable, "status of a history without its table")
+	show()
 }
 
 // keepBusy makes every kind of call on goods, until the test ends.
@@ -119,6 +124,7 @@ func keepBusy(t *testing.T, a *harness.App) {
 				a.Call(t, "PATCH", "/goods/reprioritize"+where, `{"newPriority":1}`)
 				a.Call(t, "DELETE", "/goods/remove"+where, "")
 				a.List(t, 10, 1)
+				a.Call(t, "GET", "/goods/history"+where, "")
 			}
 		})
 	}
