@@ -64,7 +64,7 @@ var (
 	// errOutcomeUnknown marks an error after which a write may or may not be in Postgres: the service never
 	// repeats it.
 	errOutcomeUnknown = errors.New("outcome unknown")
-	// errLocked is the error of a request that waited too long for a good that another transaction holds.
+	// errLocked is the error of a request whose good another transaction holds for too long.
 	errLocked = errors.New("another transaction holds the good")
 	// errServerChanged is the error of a list that found the database on another server after each attempt,
 	// or a page without the goods that were there a moment before.
@@ -73,9 +73,8 @@ var (
 	errNoMemory = errors.New("other large replies take all memory that there is for them")
 )
 
-// unavailable reports whether err means that Postgres, or the service, cannot serve now: what failed may
-// work when it is sent again. A server that became a standby, or read-only, is one that another will
-// replace.
+// unavailable reports whether err means that Postgres, or the service, cannot serve now, so that a retry may
+// succeed. That includes a server that has become a standby or read-only: another one will take its place.
 func unavailable(err error) bool {
 	if e := pq.As(err); e != nil {
 		switch e.Code.Class() {
@@ -84,9 +83,11 @@ func unavailable(err error) bool {
 			return true
 		}
 		switch e.Code {
-		case pqerror.LockNotAvailable, pqerror.ReadOnlySQLTransaction, pqerror.FeatureNotSupported:
-			// The last is how a standby refuses the BEGIN READ WRITE of lib/pq; no statement of ours asks
-			// for a feature that a primary lacks.
+		case pqerror.LockNotAvailable, pqerror.ReadOnlySQLTransaction,
+			pqerror.IdleInTransactionSessionTimeout, pqerror.FeatureNotSupported:
+			// The third comes after a pause of this process. (Where the server speaks English, lib/pq turns
+			// it into driver.ErrBadConn, as every FATAL error.) The last is how a standby refuses the BEGIN
+			// READ WRITE of lib/pq; no statement of ours asks for a feature that a primary lacks.
 			return true
 		}
 		return false
