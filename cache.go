@@ -47,17 +47,17 @@ type cache struct {
 
 	mu       sync.Mutex // guards what follows
 	local    [1 << localBits]localGood
-	serverID string    // what local is about: see database
+	serverID string    // the database that local belongs to
 	emptied  time.Time // when local was emptied: what is in it is not older
 }
 
-// localGood is one place of cache.local: of the goods whose keys lead here, the one that came last.
+// localGood is one slot of cache.local: the last good whose key hashed to it.
 type localGood struct {
 	key  key
 	json []byte
 }
 
-// redisCommands is commands of one kind for Redis, each with its arguments.
+// redisCommands is one command with several lists of arguments: it is sent once for each of them.
 type redisCommands struct {
 	command string
 	args    [][]any
@@ -70,8 +70,8 @@ func newCache(url, namespace string, metrics *metrics) *cache {
 		MaxIdle:     cacheConns,
 		IdleTimeout: time.Minute,
 		Dial:        func() (redis.Conn, error) { return dialRedis(url) },
-		// A connection older than the last failure may lead to a server that is gone: a new one is better
-		// than a failure of each of them.
+		// After a failure the idle connections may lead to a server that is gone. Replacing them all is
+		// better than a failure, and a pause of the breaker, for each.
 		TestOnBorrow: func(_ redis.Conn, lastUsed time.Time) error {
 			if c.breaker.failedSince(lastUsed) {
 				return errors.New("older than a failure")
@@ -112,7 +112,7 @@ func (b *breaker) fail() {
 func (b *breaker) open() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return !b.failed.IsZero() && time.Since(b.failed) < cachePause
+	return time.Since(b.failed) < cachePause
 }
 
 func (b *breaker) failedSince(t time.Time) bool {
@@ -126,8 +126,8 @@ func (b *breaker) failedSince(t time.Time) bool {
 func (c *cache) get(serverID string, keys []key) [][]byte {
 	goods := c.getLocal(serverID, keys)
 	var missing []int // indexes of keys
-	for i, good := range goods {
-		if good == nil {
+	for i, text := range goods {
+		if text == nil {
 			missing = append(missing, i)
 		}
 	}
@@ -153,15 +153,15 @@ func (c *cache) getLocal(serverID string, keys []key) [][]byte {
 		c.emptied = time.Now()
 	}
 	for i, k := range keys {
-		if entry := c.place(k); entry.key == k {
+		if entry := c.slot(k); entry.key == k {
 			goods[i] = entry.json
 		}
 	}
 	return goods
 }
 
-// place returns where a good with this key is kept in the process. The multiplication spreads neighbours.
-func (c *cache) place(k key) *localGood {
+// slot returns where a good with this key is kept in the process. The multiplication spreads neighbours.
+func (c *cache) slot(k key) *localGood {
 	const oddRatio = 0x9E3779B97F4A7C15 // 2^64 divided by the golden ratio
 	return &c.local[uint64(k)*oddRatio>>(64-localBits)]
 }
@@ -179,7 +179,11 @@ func (c *cache) getShared(serverID string, keys []key, missing []int, goods [][]
 	}
 	found := 0
 	for n, reply := range c.run("MGET", commands) {
-		values, _ := redis.ByteSlices(reply, nil) // on an error, there are none
+		values, err := redis.ByteSlices(reply, nil)
+		if err != nil || len(values) != len(commands[n]) { // a proxy may do that
+			c.fail()
+			break
+		}
 		for j, value := range values {
 			i := missing[n*cacheChunk+j]
 			if isGood(value, keys[i]) {
@@ -212,7 +216,7 @@ func (c *cache) putLocal(serverID string, keys []key, goods [][]byte) {
 	}
 	for i, k := range keys {
 		if goods[i] != nil && len(goods[i]) <= localMaxSize {
-			*c.place(k) = localGood{key: k, json: goods[i]}
+			*c.slot(k) = localGood{key: k, json: goods[i]}
 		}
 	}
 }
@@ -289,11 +293,16 @@ func (c *cache) run(command string, args [][]any) []any {
 	}
 	replies, err := c.exchange(command, args)
 	if err != nil {
-		c.metrics.cacheErrors.Add(1)
-		c.breaker.fail()
+		c.fail()
 		return nil
 	}
 	return replies
+}
+
+// fail notes a failure of Redis.
+func (c *cache) fail() {
+	c.metrics.cacheErrors.Add(1)
+	c.breaker.fail()
 }
 
 // exchange sends a command once for each list of arguments, and then reads all replies.

@@ -46,7 +46,7 @@ func TestLocalGoods(t *testing.T) {
 		check("one", 0, 0, "before any was kept")
 		c.putLocal("one", keys, goods)
 		const most = 300
-		check("one", most*9/10, most, "afterwards") // some share a place
+		check("one", most*9/10, most, "afterwards") // some share a slot
 		time.Sleep(cacheTTL - time.Second)
 		check("one", most*9/10, most, "a second before they are forgotten")
 		c.putLocal("one", keys[:3], goods[:3]) // this makes no other good younger

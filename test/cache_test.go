@@ -120,7 +120,7 @@ func TestStrangeValuesInRedis(t *testing.T) {
 	p := w.NewProxy(t, "REDIS_URL")
 	for _, nonsense := range []string{
 		"*2\r\n$3\r\nfoo\r\n:12\r\n?nonsense\r\n", "HTTP/1.1 400 Bad Request\r\n\r\n", "-LOADING\r\n",
-		":1\r\n:1\r\n", "*1\r\n$-1\r\n",
+		":1\r\n:1\r\n", "*1\r\n$-1\r\n", "*13\r\n" + strings.Repeat("$-1\r\n", 13),
 	} {
 		p.Spoil(harness.Forward, func(to net.Conn, _ []byte) error {
 			return harness.Forward(to, []byte(nonsense))
