@@ -252,8 +252,13 @@ func (s *service) editGoods(requests []editRequest, results []result[good], alon
 				r.err = errGoodChanged
 			case "missing":
 				r.err = errGoodNotFound
-			default:
+			case "locked":
 				r.err = errLeftOut
+				if alone { // the good was not there yet when the lock was asked for
+					r.err = errLocked
+				}
+			default:
+				return fmt.Errorf("unknown outcome %q", outcome)
 			}
 			return nil
 		})

@@ -13,11 +13,10 @@ const (
 	// and other moves wait meanwhile, and all of it has to end within statementTimeout: 10,000 take a
 	// quarter of a second on two quiet cores, so a machine may be ten times slower.
 	maxSpan = 10_000
-	// A batch of moves renumbers at most maxBatchSpan goods, but always makes its first move; the rest is for
-	// the next batch. Creates wait while a batch of moves runs: while this replica has creates to answer,
-	// maxBatchSpanCreates is the limit.
-	maxBatchSpan        = 300
-	maxBatchSpanCreates = 4
+	// A batch of moves renumbers at most maxBatchSpan goods; its first move is always made, the rest waits
+	// for the next batch. Creates wait for moves, so the limit is lower while this replica has creates.
+	maxBatchSpan              = 300
+	maxBatchSpanBesideCreates = 4
 )
 
 // position says where a good is in the list.
@@ -65,7 +64,7 @@ func (s *service) moveGoods(requests []moveRequest, results []result[[]position]
 	}
 	batchSpan := maxBatchSpan
 	if s.creates.busy() {
-		batchSpan = maxBatchSpanCreates
+		batchSpan = maxBatchSpanBesideCreates
 	}
 	for i := range results {
 		results[i].err = errNextBatch // unless there is a row for it
@@ -88,7 +87,7 @@ func (s *service) moveGoods(requests []moveRequest, results []result[[]position]
 				r.answer = positions(first.V, keys)
 				if len(keys) > 1 { // one alone is the moved good itself, which has not changed
 					for _, k := range keys {
-						replaced = append(replaced, k-1) // the version before
+						replaced = append(replaced, newKey(int32(k>>32), int32(k)-1))
 					}
 				}
 			case "missing":
@@ -97,8 +96,10 @@ func (s *service) moveGoods(requests []moveRequest, results []result[[]position]
 				r.err = errGoodChanged
 			case "too long":
 				r.err = tooLong(first.V)
-			default:
+			case "locked":
 				r.err = errLeftOut
+			default:
+				return fmt.Errorf("unknown outcome %q", outcome)
 			}
 			return nil
 		})
@@ -107,8 +108,8 @@ func (s *service) moveGoods(requests []moveRequest, results []result[[]position]
 		return fmt.Errorf("move goods: %w", err)
 	}
 	s.wakeRelay()
-	// The server's id is not compared, as in editGoods, which also keeps goods: what is dropped is only read
-	// again.
+	// Unlike in editGoods, a database that has moved to another server does no harm here: what is dropped is
+	// read again.
 	s.cache.dropShared(s.db.id(), replaced)
 	return nil
 }
