@@ -12,8 +12,10 @@ import (
 
 const (
 	readyDelay      = 500 * time.Millisecond // between a 503 on /readyz and the end of listening
-	silentTimeout   = time.Second            // for the first byte of a connection, after the end of listening
 	shutdownTimeout = 10 * time.Second       // for the requests in flight
+	// silentTimeout is for the first byte of a connection, after the end of listening. ReadHeaderTimeout
+	// would end it as well, but up to four seconds later.
+	silentTimeout = time.Second
 	// sendBuffer is what the kernel keeps of a reply that is not read, in bytes. By itself it takes
 	// megabytes for each connection, which count as memory of the container.
 	sendBuffer = 64 << 10
@@ -32,7 +34,6 @@ func serveHTTP(ctx context.Context, listener net.Listener, api *api, log *slog.L
 	server := &http.Server{
 		Handler:                      api.routes(),
 		ReadHeaderTimeout:            5 * time.Second,
-		ReadTimeout:                  10 * time.Second,
 		WriteTimeout:                 30 * time.Second,
 		IdleTimeout:                  2 * time.Minute,
 		MaxHeaderBytes:               12 << 10, // Go adds 4 KiB
