@@ -18,9 +18,9 @@ import (
 )
 
 const (
-	// statementTimeout ends one statement of a request in Postgres, and the connection gives up an eighth
-	// later (see openPostgres): still before the caller, as 9/8 of 7/8 is less than 1. A transaction has
-	// several exchanges, each with this limit: its caller may have left before its end.
+	// statementTimeout ends one statement of a request in Postgres. If the server does not end it, the
+	// connection fails an eighth later (see openPostgres), which is still within requestTimeout: 63/64 of it.
+	// A transaction has several statements, each with this limit: its caller may have left before its end.
 	statementTimeout = requestTimeout * 7 / 8
 	startTimeout     = time.Minute // for Postgres to answer at the start
 	// eventConns are two for the relay, as database.statement prepares a query on a second connection while
@@ -68,7 +68,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	case "healthcheck":
 		return healthcheck(cfg.addr)
 	case "migrate postgres":
-		err = untilEnd(ctx, func() error { return preparePostgres(ctx, cfg, log) })
+		err = untilEnd(ctx, func() error { return preparePostgres(cfg, log) })
 	case "migrate clickhouse":
 		err = untilEnd(ctx, openEventLog(cfg.clickhouse).migrate)
 	default:
@@ -111,13 +111,13 @@ func healthcheck(addr string) error {
 }
 
 // preparePostgres waits for the server and applies its migrations.
-func preparePostgres(ctx context.Context, cfg *config, log *slog.Logger) error {
+func preparePostgres(cfg *config, log *slog.Logger) error {
 	probe, err := openPostgres(cfg.postgres, 1, statementTimeout, nil)
 	if err != nil {
 		return err
 	}
 	defer probe.Close()
-	if err := awaitPostgres(ctx, probe, startTimeout, log); err != nil {
+	if err := awaitPostgres(probe, startTimeout, log); err != nil {
 		return fmt.Errorf("POSTGRES_URL: %w", err)
 	}
 	if err := checkEncoding(probe); err != nil {
@@ -135,7 +135,7 @@ func preparePostgres(ctx context.Context, cfg *config, log *slog.Logger) error {
 // flight are answered; what carries events is not stopped but ends with the process, as in a crash, and the
 // next start goes on from there.
 func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
-	err := untilEnd(ctx, func() error { return preparePostgres(ctx, cfg, log) })
+	err := untilEnd(ctx, func() error { return preparePostgres(cfg, log) })
 	if ctx.Err() != nil { // asked to end, which is no failure
 		log.Info("ended before the service was ready", "err", err)
 		return nil

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"crypto/sha256"
 	"crypto/tls"
 	"database/sql"
@@ -123,17 +122,14 @@ func applyMigration(tx *sql.Tx, files fs.FS, file string, recorded map[string]st
 	return err == nil, err
 }
 
-// awaitPostgres waits until the server answers, or ctx ends, for about limit. What waiting cannot cure is
-// an error at once.
-func awaitPostgres(ctx context.Context, db *database, limit time.Duration, log *slog.Logger) error {
+// awaitPostgres waits until the server answers, for about limit. What waiting cannot cure is an error at
+// once.
+func awaitPostgres(db *database, limit time.Duration, log *slog.Logger) error {
 	start := time.Now()
 	for attempt := 0; ; attempt++ {
 		_, err := db.Exec(`SELECT 1`) // Ping would hide the server's words
 		if err == nil || permanent(err) {
 			return err
-		}
-		if ctx.Err() != nil {
-			return fmt.Errorf("%w: %w", ctx.Err(), err)
 		}
 		if took := time.Since(start); took >= limit {
 			return fmt.Errorf("cannot be used after %v: %w", took.Round(100*time.Millisecond), err)
@@ -141,16 +137,13 @@ func awaitPostgres(ctx context.Context, db *database, limit time.Duration, log *
 		if attempt == 0 {
 			log.Warn("waiting for postgres", "limit", limit.String(), "err", err)
 		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(250 * time.Millisecond):
-		}
+		time.Sleep(250 * time.Millisecond)
 	}
 }
 
-// permanent reports whether an error of connecting stays until somebody changes something: the server's
-// refusals, such as a wrong password or an unknown parameter, and whatever has nothing to do with the
-// network.
+// permanent reports whether an error of connecting stays until somebody changes something: a refusal of the
+// server, such as a wrong password or an unknown parameter, or TLS that is missing there, or that the
+// certificates here do not allow.
 func permanent(err error) bool {
 	if e := pq.As(err); e != nil {
 		switch e.Code.Class() {
