@@ -17,7 +17,7 @@ const (
 type historyRequest struct {
 	id, projectID int32
 	limit, offset int32
-	maxBytes      int  // of the page: a larger one is an errReplyTooLarge
+	maxBytes      int  // of the page: a larger one is a replyTooLargeError
 	reserved      bool // there is memory for it
 }
 
@@ -53,8 +53,8 @@ func (s *service) History(ctx context.Context, q historyRequest) (page []byte, r
 	return page, release, nil
 }
 
-// readHistory answers the first request, and those that are equal. A failure is not retried: there is no
-// time for a second historyTimeout.
+// readHistory answers the first request, and those that are equal. A failure is a result of its own, so it is
+// not retried: there is no time for a second historyTimeout. So no batcher reads two histories at a time.
 func (s *service) readHistory(requests []historyRequest, results []result[[]byte], _ bool) error {
 	page, err := s.events.history(requests[0])
 	answerEqual(requests, results, result[[]byte]{answer: page, err: err})
@@ -97,7 +97,7 @@ func (l *eventLog) history(q historyRequest) ([]byte, error) {
 			return nil, err
 		}
 		if bytes > uint64(q.maxBytes) {
-			return nil, errReplyTooLarge(bytes)
+			return nil, replyTooLargeError(bytes)
 		}
 	}
 	var total uint64
@@ -124,7 +124,7 @@ func (l *eventLog) history(q historyRequest) ([]byte, error) {
 		v.Time = v.Time.UTC()
 		text := encodeJSON(v)
 		size += len(text) + 1
-		if size <= q.maxBytes { // else only the size is of interest
+		if size <= q.maxBytes { // a page that is too large is only measured
 			page = append(page, separator...)
 			page = append(page, text...)
 			separator = ","
@@ -134,7 +134,7 @@ func (l *eventLog) history(q historyRequest) ([]byte, error) {
 		return nil, err
 	}
 	if size > q.maxBytes {
-		return nil, errReplyTooLarge(size)
+		return nil, replyTooLargeError(size)
 	}
 	return append(page, closing...), nil
 }

@@ -15,7 +15,8 @@ import (
 const (
 	maxLimit      = 1000 // goods on one page
 	maxBatchGoods = 1000 // goods that one statement of a batch asks for; a batch of more is read in parts
-	// snapshotAttempts is how often a batch is read again because the database has moved to another server.
+	// snapshotAttempts is how often a batch is sent while the database moves to another server. After the
+	// last, each request is retried alone, as after any failure.
 	snapshotAttempts = 3
 )
 
@@ -23,7 +24,7 @@ const (
 type listRequest struct {
 	projectID     int32 // 0: the list of all goods
 	limit, offset int32
-	maxBytes      int // of the page: a larger one is an errReplyTooLarge
+	maxBytes      int // of the page: a larger one is a replyTooLargeError
 }
 
 func (q listRequest) conflictKey() any { return nil }
@@ -118,12 +119,12 @@ func (p *pageReader) readOne(requests []listRequest, results []result[[]byte], _
 	return nil
 }
 
-// countWithin returns how many of the first requests, one at least, ask for no more than max goods together.
-func countWithin(requests []listRequest, max int32) int {
+// countWithin returns how many of the first requests, one at least, ask for no more than most goods together.
+func countWithin(requests []listRequest, most int32) int {
 	sum := int32(0)
 	for i, q := range requests {
 		sum += q.limit
-		if i > 0 && sum > max {
+		if i > 0 && sum > most {
 			return i
 		}
 	}
@@ -134,7 +135,7 @@ func countWithin(requests []listRequest, max int32) int {
 type snapshot struct {
 	exists         bool // the project does
 	total, removed int64
-	bytes          int64 // of the goods as JSON: an estimate, too low for escapes, and 0 for a few goods
+	bytes          int64 // of the goods as JSON; an estimate has no escapes, and is 0 for up to ten goods
 	keys           []key
 	goods          [][]byte // JSON, one for each key; nil where it is not known
 }
@@ -215,8 +216,8 @@ func (p *pageReader) answerCached(serverID string, requests []listRequest, snaps
 		case !s.exists:
 			answers[q].err = errCampaignNotFound
 		case s.exceeds(q.maxBytes):
-			answers[q].err = errReplyTooLarge(s.bytes)
-		case slices.ContainsFunc(s.goods, func(good []byte) bool { return good == nil }):
+			answers[q].err = replyTooLargeError(s.bytes)
+		case slices.ContainsFunc(s.goods, func(text []byte) bool { return text == nil }):
 			missing = append(missing, q)
 		default:
 			answers[q].answer, answers[q].err = q.page(s)
@@ -225,8 +226,8 @@ func (p *pageReader) answerCached(serverID string, requests []listRequest, snaps
 	return missing
 }
 
-// readGoods reads pages whole, in one statement, answers them, and lets the cache have the goods. It is for
-// pages that have goods: each row has the counts.
+// readGoods reads pages whole, in one statement, answers them, and lets the cache have the goods. Pages must
+// not be empty: the counts come with each good, so an empty page would have none.
 func (p *pageReader) readGoods(requests []listRequest, answers map[listRequest]*result[[]byte]) error {
 	serverID := p.db.id()
 	snapshots := make([]snapshot, len(requests))
@@ -243,7 +244,7 @@ func (p *pageReader) readGoods(requests []listRequest, answers map[listRequest]*
 		s.keys = append(s.keys, g.key())
 		text := encodeJSON(&g)
 		s.bytes += int64(len(text)) + 1
-		if !s.exceeds(requests[n-1].maxBytes) { // else only its size is of interest
+		if !s.exceeds(requests[n-1].maxBytes) { // a page that is too large is only measured
 			s.goods = append(s.goods, text)
 		}
 		return nil
@@ -259,7 +260,7 @@ func (p *pageReader) readGoods(requests []listRequest, answers map[listRequest]*
 			continue
 		}
 		if s.exceeds(q.maxBytes) {
-			answers[q].err = errReplyTooLarge(s.bytes)
+			answers[q].err = replyTooLargeError(s.bytes)
 			continue
 		}
 		if sameServer && s.bytes <= smallReply { // larger ones would fill Redis, and the queue to it
@@ -279,21 +280,21 @@ func (q listRequest) page(s *snapshot) ([]byte, error) {
 			q.offset, len(s.goods), want, s.total)
 	}
 	size := 0
-	for _, good := range s.goods {
-		size += len(good) + 1
+	for _, text := range s.goods {
+		size += len(text) + 1
 	}
 	if size > q.maxBytes {
-		return nil, errReplyTooLarge(size)
+		return nil, replyTooLargeError(size)
 	}
 	const metaSize = 128 // at most
 	page := make([]byte, 0, metaSize+size)
 	page = fmt.Appendf(page, `{"meta":{"total":%d,"removed":%d,"limit":%d,"offset":%d},"goods":[`,
 		s.total, s.removed, q.limit, q.offset)
-	for i, good := range s.goods {
+	for i, text := range s.goods {
 		if i > 0 {
 			page = append(page, ',')
 		}
-		page = append(page, good...)
+		page = append(page, text...)
 	}
 	return append(page, "]}\n"...), nil
 }

@@ -41,7 +41,7 @@ func TestPageOfCachedGoods(t *testing.T) {
 	}
 	s.goods[2] = []byte("third")
 	page, err := q.page(s)
-	if tooLarge, ok := errors.AsType[errReplyTooLarge](err); !ok || tooLarge != 14 {
+	if tooLarge, ok := errors.AsType[replyTooLargeError](err); !ok || tooLarge != 14 {
 		t.Errorf("got %q, %v, want that 14 bytes are too large", page, err)
 	}
 	s.goods = s.goods[:2]

@@ -25,9 +25,11 @@ const (
 // memory is an amount of memory that replies share. All methods may be called concurrently.
 type memory struct {
 	used chan struct{} // has an element for each unit in use
-	turn chan struct{} // is held by the one caller that takes units: two with a part each would wait forever
-	// newcomers is held by the one caller that waits for turn, or has it, for the first time. So a caller that
-	// comes again, as its reply turned out to be larger, waits for at most one of them.
+	// turn is held by the one caller that takes units: two callers with a part each would wait forever.
+	turn chan struct{}
+	// newcomers is held by one first-time caller until it has its units; the others wait for newcomers before
+	// they wait for turn. A caller that comes again, as its reply turned out to be larger, waits for turn
+	// only, and so has one of them before it at most.
 	newcomers chan struct{}
 }
 
@@ -39,8 +41,8 @@ func newMemory(bytes int) *memory {
 	}
 }
 
-// reserve waits for so many bytes, in the order of the calls; with again, before those that have not waited
-// yet. It fails with errNoMemory when ctx ends. The caller must call release when it no longer needs them.
+// reserve waits for so many bytes, in the order of the calls; with again, before first-time callers. It fails
+// with errNoMemory when ctx ends. The caller must call release, once, when it no longer needs them.
 func (m *memory) reserve(ctx context.Context, bytes int, again bool) (release func(), err error) {
 	if !again {
 		if err := enter(ctx, m.newcomers); err != nil {
@@ -59,7 +61,7 @@ func (m *memory) reserve(ctx context.Context, bytes int, again bool) (release fu
 			return nil, err
 		}
 	}
-	return sync.OnceFunc(func() { m.free(units) }), nil
+	return func() { m.free(units) }, nil
 }
 
 // enter waits for room in c. It fails with errNoMemory when ctx ends.
@@ -81,9 +83,8 @@ func (m *memory) free(units int) {
 // replyMemory is the memory of all replies.
 type replyMemory struct {
 	medium, large *memory
-	// A batcher finishes a large reply even when its caller has left, and has given back the memory for it.
-	// Two batchers and their retries build lists: each of them locks this, so that one is built at a time. Of
-	// histories that is so without a lock, as one goroutine builds all.
+	// buildingList is locked while a large list is built. Two batchers and their retries build them, and go
+	// on when their caller has left and has given back its memory. Histories need no lock: see readHistory.
 	buildingList *sync.Mutex
 }
 
@@ -107,26 +108,26 @@ func (m replyMemory) reserve(ctx context.Context, bytes int, again bool) (releas
 	}
 }
 
-// errReplyTooLarge is the error of a reply that would be larger than allowed. Its value is the size in bytes.
-type errReplyTooLarge int
+// replyTooLargeError is the error of a reply that would be larger than allowed: its size in bytes.
+type replyTooLargeError int
 
 // withEscapes adds an eighth, for the escapes of JSON, which an estimate does not count.
-func (e errReplyTooLarge) withEscapes() int { return int(e) + int(e)/8 }
+func (e replyTooLargeError) withEscapes() int { return int(e) + int(e)/8 }
 
-func (e errReplyTooLarge) Error() string { return fmt.Sprintf("the reply has %d bytes", int(e)) }
+func (e replyTooLargeError) Error() string { return fmt.Sprintf("the reply has %d bytes", int(e)) }
 
-// builder makes a reply of at most maxBytes, or returns errReplyTooLarge. reserved says that there is
+// builder makes a reply of at most maxBytes, or returns a replyTooLargeError. reserved says that there is
 // memory for it.
 type builder func(ctx context.Context, maxBytes int, reserved bool) ([]byte, error)
 
 // build returns a reply. One that is not small has its memory reserved. While that has to wait, no reply is
 // held: it is built anew afterwards. All of it ends within requestTimeout. The caller must call release when
 // the reply has been sent; after an error, there is nothing to release.
-func (m replyMemory) build(ctx context.Context, build builder) (reply []byte, release func(), err error) {
+func (m replyMemory) build(ctx context.Context, read builder) (reply []byte, release func(), err error) {
 	deadline := time.Now().Add(requestTimeout)
-	reply, err = build(ctx, smallReply, false)
-	if tooLarge, ok := errors.AsType[errReplyTooLarge](err); ok {
-		return m.buildReserved(ctx, deadline, tooLarge.withEscapes(), build)
+	reply, err = read(ctx, smallReply, false)
+	if tooLarge, ok := errors.AsType[replyTooLargeError](err); ok {
+		return m.buildReserved(ctx, deadline, tooLarge.withEscapes(), read)
 	}
 	if err != nil {
 		return nil, nil, err
@@ -134,11 +135,11 @@ func (m replyMemory) build(ctx context.Context, build builder) (reply []byte, re
 	if len(reply) <= freeReply {
 		return reply, func() {}, nil
 	}
-	moment, cancel := context.WithTimeout(ctx, reserveTimeout)
-	release, err = m.reserve(moment, len(reply), false)
+	short, cancel := context.WithTimeout(ctx, reserveTimeout)
+	release, err = m.reserve(short, len(reply), false)
 	cancel()
 	if err != nil { // the reply is dropped here
-		return m.buildReserved(ctx, deadline, smallReply, build)
+		return m.buildReserved(ctx, deadline, smallReply, read)
 	}
 	return reply, release, nil
 }
@@ -146,7 +147,7 @@ func (m replyMemory) build(ctx context.Context, build builder) (reply []byte, re
 // buildReserved reserves need bytes, and builds the reply then. Where the reply turns out to be larger, it
 // does both again, before those that wait for the first time: else each of many that were estimated too low
 // would be built once, and none would have the time for a second attempt.
-func (m replyMemory) buildReserved(ctx context.Context, deadline time.Time, need int, build builder) (
+func (m replyMemory) buildReserved(ctx context.Context, deadline time.Time, need int, read builder) (
 	reply []byte, release func(), err error) {
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
@@ -155,12 +156,12 @@ func (m replyMemory) buildReserved(ctx context.Context, deadline time.Time, need
 		if err != nil {
 			return nil, nil, err
 		}
-		reply, err = build(ctx, need, true)
+		reply, err = read(ctx, need, true)
 		if err == nil {
 			return reply, release, nil
 		}
 		release()
-		tooLarge, ok := errors.AsType[errReplyTooLarge](err)
+		tooLarge, ok := errors.AsType[replyTooLargeError](err)
 		if !ok {
 			return nil, nil, err
 		}

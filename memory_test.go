@@ -16,9 +16,9 @@ func buildOf(bytes, estimate int) builder {
 	return func(_ context.Context, maxBytes int, reserved bool) ([]byte, error) {
 		switch {
 		case !reserved && estimate > maxBytes:
-			return nil, errReplyTooLarge(estimate)
+			return nil, replyTooLargeError(estimate)
 		case bytes > maxBytes:
-			return nil, errReplyTooLarge(bytes)
+			return nil, replyTooLargeError(bytes)
 		}
 		return make([]byte, bytes), nil
 	}
@@ -114,7 +114,7 @@ func TestReplyMemoryIsGivenBack(t *testing.T) {
 				if now == reserved {
 					return nil, fmt.Errorf("build: %w", failure)
 				}
-				return nil, errReplyTooLarge(largeMemory)
+				return nil, replyTooLargeError(largeMemory)
 			}
 			if _, _, err := m.build(context.Background(), build); !errors.Is(err, failure) {
 				t.Errorf("got %v, want the failure of the build", err)
