@@ -98,30 +98,39 @@ func (c *config) set(name, value string) (err error) {
 		return checkNATSURL(value)
 	case "CLICKHOUSE_URL":
 		c.clickhouse, err = parseClickHouseURL(value)
+		return err
 	case "EVENTS_BATCH":
 		c.eventsBatch, err = parseWithin(value, 1000)
+		return err
 	case "NATS_REPLICAS":
 		c.natsReplicas, err = parseWithin(value, 5)
+		return err
 	case "NAMESPACE":
 		c.namespace = value
-		if !namespacePattern.MatchString(value) {
-			err = errUnfit
-		}
+		return checkNamespace(value)
 	case "LOG_LEVEL":
-		err = c.logLevel.UnmarshalText([]byte(value))
+		return c.logLevel.UnmarshalText([]byte(value))
+	default:
+		return errUnfit
 	}
-	return err
+}
+
+// parseWithin parses an integer from 1 to most.
+func parseWithin(value string, most int) (int, error) {
+	n, err := strconv.Atoi(value)
+	if err == nil && (n < 1 || n > most) {
+		err = errUnfit
+	}
+	return n, err
 }
 
 var namespacePattern = regexp.MustCompile(`^[a-z][a-z0-9_-]{0,31}$`)
 
-// parseWithin parses an integer from 1 to max.
-func parseWithin(value string, max int) (int, error) {
-	n, err := strconv.Atoi(value)
-	if err == nil && (n < 1 || n > max) {
-		err = errUnfit
+func checkNamespace(value string) error {
+	if !namespacePattern.MatchString(value) {
+		return errUnfit
 	}
-	return n, err
+	return nil
 }
 
 // checkAddress returns an error unless value is host:port.
@@ -213,7 +222,7 @@ func parseClickHouseURL(value string) (*clickhouse.Options, error) {
 	if err != nil {
 		return nil, err
 	}
-	if u.Scheme == "https" && !u.Query().Has("secure") { // which the driver asks for
+	if u.Scheme == "https" && !u.Query().Has("secure") { // without secure the driver refuses https
 		separator := "?"
 		if u.RawQuery != "" {
 			separator = "&"
@@ -246,7 +255,6 @@ Environment variables, with their defaults:
 
 `)
 	for _, v := range variables {
-		help := strings.ReplaceAll(v.help, ", a URL", ",\n      a URL") // some are too long for one line
-		fmt.Fprintf(w, "  %s=%s\n      %s\n", v.name, v.fallback, help)
+		fmt.Fprintf(w, "  %s=%s\n      %s\n", v.name, v.fallback, v.help)
 	}
 }
