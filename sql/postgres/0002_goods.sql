@@ -13,6 +13,7 @@ CREATE TABLE goods (
     version         integer     NOT NULL DEFAULT 1,
     idempotency_key text,
     request_digest  text, -- of the name and description that the key was first sent with
+    -- The service takes the id alone for unique: all come from one sequence.
     CONSTRAINT goods_pkey PRIMARY KEY (id, project_id),
     CONSTRAINT goods_project_id_fkey FOREIGN KEY (project_id) REFERENCES campaigns (id),
     CONSTRAINT goods_name_check CHECK (char_length(name) BETWEEN 1 AND 255),
@@ -25,6 +26,8 @@ CREATE TABLE goods (
 
 -- By project, and in it in the order of the list.
 CREATE INDEX goods_project_id_idx ON goods (project_id, priority);
+-- For people who look for a good by its name, as the users asked: no call of the
+-- service needs it.
 CREATE INDEX goods_name_idx ON goods (name);
 CREATE UNIQUE INDEX goods_idempotency_key ON goods (project_id, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
@@ -43,8 +46,8 @@ BEGIN
 END
 $$;
 
--- The triggers take the lock for statements that do not, such as those made by
--- hand.
+-- The triggers take the same lock for statements that do not, such as those made
+-- by hand, and spare them the look for the highest priority.
 CREATE FUNCTION goods_lock_priorities() RETURNS trigger
     LANGUAGE plpgsql AS
 $$

@@ -27,14 +27,14 @@ $$;
 --              first_position, and the others follow it
 --   missing    there is no such good, or it is removed
 --   changed    the good no longer has the version that the request names
---   too long   the move would renumber more than max_span goods besides this
---              one, which is at first_position
+--   too long   the move would renumber more than max_span goods besides the moved
+--              one; first_position is where that is now
 --   locked     another transaction holds a good that would be renumbered; with
 --              wait, the move waits for those goods first
 --
--- It ends before the first move with which it would renumber more than max_batch
--- goods: this one and the rest get no row, and have not begun. The first of all
--- is always done.
+-- It stops before a move that would take the number of renumbered goods past
+-- max_batch: that move and all after it get no row, and have not begun. The first
+-- move that renumbers anything is always made.
 CREATE FUNCTION move_goods(requests json, max_span integer, max_batch integer, wait boolean)
     RETURNS TABLE (n bigint, outcome text, first_position integer, keys bigint[])
     LANGUAGE plpgsql AS
@@ -78,7 +78,7 @@ BEGIN
         low := least(found_good.priority, target);
         high := greatest(found_good.priority, target);
         first_position := low;
-        IF found_good.version <> request.version THEN -- any version, if it is null
+        IF request.version IS NOT NULL AND found_good.version <> request.version THEN
             outcome := 'changed';
         ELSIF low = high THEN
             outcome := 'moved';
