@@ -48,13 +48,16 @@ gobuild = CGO_ENABLED=0 go build -trimpath -buildvcs=$$(git status >/dev/null 2>
 hello = printf '\n%s\n%s\n\n' "goods answers at http://$$address; try:" \
 	"  curl -d '{\"name\":\"first\"}' '$$address/goods/create?projectId=1'"
 
-.PHONY: help run up down clean env build test faults soak bench fuzz lint demo migrate-postgres migrate-clickhouse
+.PHONY: help run up down clean env build test faults soak bench fuzz lint demo
 
 help: ## list the targets
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-20s %s\n", $$1, $$2 }'
 
-# Follows the container by its id, and then the one that replaced it: docker compose logs ends, or hangs, when the only
-# container that it follows is restarted or made anew.
+# With Docker it follows the container by its id, and then the one that replaced it: docker compose logs ends, or hangs,
+# when the only container that it follows is restarted or made anew.
+#
+# Natively, a loop in the background prints where the service answers once it does, and ends when the service has ended,
+# whose process id is that of the shell ($$$$): exec keeps it. Its second parentheses make it no child of the service.
 run: ## start the servers, build and run the service on 127.0.0.1:8080; Ctrl-C ends the service
 	set -e; if $(docker); then \
 		since=$$(date +%s); \
@@ -128,9 +131,3 @@ lint: ## gofmt, go vet, staticcheck, a build for arm64, shellcheck, actionlint, 
 
 demo: ## show the API on a running service
 	scripts/demo.sh
-
-migrate-postgres: ## apply sql/postgres now
-migrate-clickhouse: ## apply sql/clickhouse now
-migrate-postgres migrate-clickhouse: migrate-%:
-	set -e; if $(docker); then exec docker compose run --rm --build goods migrate $*; fi; \
-	$(servers) $(gobuild); ./goods migrate $*
