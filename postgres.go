@@ -20,7 +20,7 @@ import (
 const (
 	// A second host of the URL has to get its turn within a request's time.
 	defaultConnectTimeout = 1500 * time.Millisecond
-	// Commits that may wait for a lost synchronous standby: see inTx.
+	// Past so many commits that wait for a lost synchronous standby no transaction begins: see inTx.
 	maxHangingCommits = 8
 )
 
@@ -155,15 +155,13 @@ func (d limitedDialer) DialContext(ctx context.Context, network, address string)
 	return &limitedConn{Conn: conn, limit: d.limit}, nil
 }
 
-// Dial and DialTimeout are only here for the type pq.Dialer: lib/pq prefers DialContext.
+// Dial and DialTimeout are here only because pq.Dialer asks for them: lib/pq calls DialContext.
 func (d limitedDialer) Dial(network, address string) (net.Conn, error) {
 	return d.DialContext(context.Background(), network, address)
 }
 
-func (d limitedDialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), timeout)
-	defer cancel()
-	return d.DialContext(ctx, network, address)
+func (d limitedDialer) DialTimeout(network, address string, _ time.Duration) (net.Conn, error) {
+	return d.Dial(network, address)
 }
 
 type limitedConn struct {
@@ -202,7 +200,7 @@ type transaction struct {
 // While a synchronous standby is lost, a COMMIT waits forever, even when its client has gone. It must not
 // be cancelled: other clients would then see what no standby has. So that such commits do not take every
 // connection of the server, transactions that follow an unanswered COMMIT first count those that wait, and
-// do not begin if there are maxHangingCommits.
+// do not begin if there are maxHangingCommits. Those that count at the same time may make it a few more.
 func (db *database) inTx(f func(tx transaction) error) error {
 	tx, err := db.Begin()
 	if err != nil {
