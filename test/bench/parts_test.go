@@ -56,9 +56,9 @@ func (b *bench) lists() {
 		limit:  0.7,
 		because: "The least that a reply of this size costs in Go. On top, a batch of lists shares one " +
 			"statement of Postgres, so that each is current.",
-		short: "in the service's profile net/http, the kernel and the scheduler have 77 %; parsing, headers, " +
-			"metrics and the wait for the batch 15 %; the batch and its statement 8 %. What misses is half " +
-			"of the last two.",
+		short: "in the service's profile net/http, the kernel and the scheduler have 77 %; parsing, " +
+			"headers, metrics and the wait for the batch 15 %; the batch and its statement 8 %. To reach the " +
+			"goal, the last two would have to cost half.",
 	}
 	warm := row{
 		what:   "random pages of 10, cached",
@@ -165,8 +165,8 @@ func (b *bench) writes() {
 		with:   "BEGIN, SELECT … FOR UPDATE, UPDATE, COMMIT, straight to Postgres",
 		number: rate,
 		limit:  2.5,
-		because: "What a client without the service sends, with the same schema, triggers and connections. It " +
-			"has no HTTP, and nobody carries its events anywhere: both is to its advantage.",
+		because: "What a client without the service sends, with the same schema, triggers and " +
+			"connections. It has no HTTP, and nobody carries its events anywhere: both are in its favour.",
 		short: "the reference has all of the cores, too.",
 	}
 	creates := row{
