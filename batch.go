@@ -57,9 +57,9 @@ type result[A any] struct {
 type batcher[Q batchable, A any] struct {
 	name  string
 	limit int // requests in one batch
-	// run answers a batch: it fills in results[i] for requests[i], or returns one error for all of them. One
-	// goroutine runs all batches. Retries run beside it: they have one request, and alone is true. Only
-	// without alone may the error of a result be errLeftOut or errNextBatch.
+	// run answers a batch: it fills in results[i] for requests[i], or returns one error for all of them.
+	// Batches run one after the other. A retry runs beside them, has one request, and alone is true: the
+	// error of its result must not be errLeftOut or errNextBatch.
 	run   func(requests []Q, results []result[A], alone bool) error
 	sizes *histogram
 	log   *slog.Logger
@@ -91,10 +91,10 @@ func newBatcher[Q batchable, A any](name string, limit int, run func([]Q, []resu
 	}
 }
 
-// do answers a request, or fails when ctx ends or after requestTimeout. What no batch or retry runs at that
-// moment is never run any more; what one does run is finished, and nobody gets its result. The error of a
-// caller that has not waited to the end wraps context.Canceled or context.DeadlineExceeded, and the failure
-// for which the request was to be retried, if any.
+// do answers a request, or fails when ctx ends or after requestTimeout. A batch or retry that runs the
+// request at that moment is finished, and its result is dropped; otherwise the request is never run again.
+// The error then wraps context.Canceled or context.DeadlineExceeded, and the failure for which the request
+// was to be retried, if any.
 func (b *batcher[Q, A]) do(ctx context.Context, request Q) (answer A, err error) {
 	c := &call[Q, A]{request: request, answer: make(chan result[A], 1)}
 	b.join(c)

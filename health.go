@@ -10,8 +10,6 @@ import (
 const (
 	pingInterval = time.Second
 	downAfter    = 3 * pingInterval // a server is up while its last answer is not older
-	// quietEnd is for how long no request may fail before an outage counts as over.
-	quietEnd = 5 * time.Second
 )
 
 // health knows which servers can be used, by their names.

@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"strconv"
 	"sync/atomic"
+	"time"
 )
 
 //go:embed openapi.yaml
@@ -26,6 +27,9 @@ type api struct {
 	outage, historyOutage *stateLog
 	closing               atomic.Bool // set by serveHTTP at the end: /readyz and every reply say so
 }
+
+// quietEnd is for how long no request may fail before an outage counts as over.
+const quietEnd = 5 * time.Second
 
 func newAPI(service *service, health *health, metrics *metrics, log *slog.Logger) *api {
 	return &api{
@@ -145,13 +149,13 @@ func (a *api) reprioritize(w http.ResponseWriter, r *http.Request) (reply, error
 	if err := in.err(); err != nil {
 		return reply{}, err
 	}
-	positions, err := a.service.Move(r.Context(), q)
+	moved, err := a.service.Move(r.Context(), q)
 	if err != nil {
 		return reply{}, err
 	}
 	return reply{status: http.StatusOK, body: struct {
 		Priorities []position `json:"priorities"`
-	}{positions}}, nil
+	}{moved}}, nil
 }
 
 func (a *api) remove(w http.ResponseWriter, r *http.Request) (reply, error) {

@@ -41,7 +41,8 @@ func (a *api) adapt(metrics *routeMetrics, h handler) http.Handler {
 		if err != nil {
 			answer.status, answer.body = a.failed(w, r, id, err)
 		}
-		// Else the context says nothing about the client: see ignoreBody.
+		// A body that is still on its way may have ended the context (see ignoreBody), which then says
+		// nothing about the client.
 		bodyArrived := ignoreBody(w, r) && answer.status != http.StatusRequestTimeout
 		write(w, answer)
 		status := answer.status
@@ -50,7 +51,7 @@ func (a *api) adapt(metrics *routeMetrics, h handler) http.Handler {
 		}
 		took := time.Since(start)
 		metrics.observe(status, took)
-		if a.log.Enabled(r.Context(), slog.LevelDebug) { // or the values would be made for nothing
+		if a.log.Enabled(r.Context(), slog.LevelDebug) { // spares the arguments in the usual case
 			a.log.Debug("request", "id", id, "method", r.Method, "path", r.URL.Path, "status", status,
 				"seconds", took.Seconds(), "err", err)
 		}
@@ -108,7 +109,7 @@ func (a *api) failed(w http.ResponseWriter, r *http.Request, id string, err erro
 	switch f {
 	case errUnavailable:
 		w.Header().Set("Retry-After", "1")
-		if r.Context().Err() == nil { // else the client has only left
+		if r.Context().Err() == nil { // a client that left early is no outage
 			a.outageOf(r).report(err)
 		}
 	case errBodyTimeout, errTooLarge:
@@ -117,7 +118,7 @@ func (a *api) failed(w http.ResponseWriter, r *http.Request, id string, err erro
 	return f.Status, f
 }
 
-// write writes a reply whole. Its errors are the client's business.
+// write writes a whole reply. An error means that the client has left, and is ignored.
 func write(w http.ResponseWriter, r reply) {
 	body, ok := r.body.([]byte)
 	if !ok {

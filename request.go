@@ -85,13 +85,13 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The server reads on in the background, and would take an expired deadline for a client that has gone.
+	// So that the server's read in the background never fails: it would take that for a client that has gone.
 	return body, control.SetReadDeadline(time.Time{})
 }
 
-// ignoreBody drops a body that no handler has read. The reply does not wait for a body that is still on its
-// way: then the connection is closed after the reply. It is called after the handler, as net/http cancels
-// the request's context when it cannot read the body, and reports whether it has left the context alone.
+// ignoreBody drops a body that no handler has read. It does not wait for one that is still on its way: the
+// connection is then closed after the reply, and ignoreBody returns false, as net/http may have canceled the
+// request's context. So it is called after the handler.
 func ignoreBody(w http.ResponseWriter, r *http.Request) bool {
 	if r.Body == http.NoBody {
 		return true
@@ -219,7 +219,7 @@ func (in *input) integer(name string) int32 {
 // requiredField returns a field of the body as it was sent, nil if it is absent.
 func (in *input) requiredField(name string) json.RawMessage {
 	raw := in.body[name]
-	if raw == nil && in.body != nil { // without a body, that is the fault
+	if raw == nil && in.body != nil { // a missing body is a fault of its own
 		in.faults[name] = "is required"
 	}
 	return raw
