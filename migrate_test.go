@@ -16,23 +16,35 @@ import (
 	"github.com/lib/pq/pqerror"
 )
 
-func TestMigrateRefusals(t *testing.T) {
+// openSchema returns two pools, the first of two connections, on a new and empty schema, which is dropped when
+// the test ends. A statement of either ends after limit.
+func openSchema(t *testing.T, limit time.Duration) (db, other *database) {
+	t.Helper()
 	url := os.Getenv("POSTGRES_URL")
 	if url == "" {
 		t.Fatal("POSTGRES_URL is not set: use make test, or " +
 			`scripts/servers.sh start and then eval "$(scripts/servers.sh env)"`)
 	}
 	schema := "test_" + strings.ToLower(rand.Text()[:12])
-	db, err := openPostgres(url, 8, time.Minute, map[string]string{"search_path": pq.QuoteLiteral(schema)})
-	if err != nil {
+	open := func(conns int) *database {
+		db, err := openPostgres(url, conns, limit, map[string]string{"search_path": pq.QuoteLiteral(schema)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { db.Close() })
+		return db
+	}
+	db = open(2)
+	other = open(8)
+	if _, err := other.Exec("CREATE SCHEMA " + schema); err != nil {
 		t.Fatal(err)
 	}
-	defer db.Close()
-	if _, err := db.Exec("CREATE SCHEMA " + schema); err != nil {
-		t.Fatal(err)
-	}
-	defer db.Exec("DROP SCHEMA " + schema + " CASCADE")
+	t.Cleanup(func() { other.Exec("DROP SCHEMA " + schema + " CASCADE") })
+	return db, other
+}
 
+func TestMigrateRefusals(t *testing.T) {
+	_, db := openSchema(t, time.Minute)
 	file := func(text string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(text)} }
 	const one, two = "sql/postgres/0001_one.sql", "sql/postgres/0002_two.sql"
 	applied := fstest.MapFS{
