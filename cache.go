@@ -180,7 +180,7 @@ func (c *cache) getShared(serverID string, keys []key, missing []int, goods [][]
 	found := 0
 	for n, reply := range c.run("MGET", commands) {
 		values, err := redis.ByteSlices(reply, nil)
-		if err != nil || len(values) != len(commands[n]) { // a proxy may do that
+		if err != nil || len(values) != len(commands[n]) { // a broken proxy may do that
 			c.fail()
 			break
 		}

@@ -10,7 +10,8 @@ import (
 
 // localCache is a cache without Redis: what is written there waits forever.
 func localCache() *cache {
-	return &cache{namespace: "test", metrics: newMetrics(nil), writes: make(chan redisCommands, cacheMaxWrites)}
+	writes := make(chan redisCommands, cacheMaxWrites)
+	return &cache{namespace: "test", metrics: newMetrics(nil), writes: writes}
 }
 
 // What the process holds itself is a minute old at most, has a bounded size, and is of one database.

@@ -162,7 +162,7 @@ func TestRepliesEstimatedTooLow(t *testing.T) {
 			})
 		}
 		running.Wait()
-		// There is time for 50 readings, and each reply takes two, and may wait for others that are read first.
+		// There is time for 50 readings; each reply takes two, and may wait for others that are read first.
 		if n := built.Load(); n < 10 {
 			t.Errorf("%d replies were built and %d refused, want 10 built at least", n, refused.Load())
 		}

@@ -142,8 +142,8 @@ func awaitPostgres(db *database, limit time.Duration, log *slog.Logger) error {
 }
 
 // permanent reports whether an error of connecting stays until somebody changes something: a refusal of the
-// server, such as a wrong password or an unknown parameter, or TLS that is missing there, or that the
-// certificates here do not allow.
+// server, such as a wrong password or an unknown parameter, or a failure of TLS: the server has none, or a
+// certificate is missing or not valid.
 func permanent(err error) bool {
 	if e := pq.As(err); e != nil {
 		switch e.Code.Class() {

@@ -16,8 +16,8 @@ import (
 	"github.com/lib/pq/pqerror"
 )
 
-// openSchema returns two pools, the first of two connections, on a new and empty schema, which is dropped when
-// the test ends. A statement of either ends after limit.
+// openSchema returns two pools, the first of two connections, on a new and empty schema, which is dropped
+// when the test ends. A statement of either ends after limit.
 func openSchema(t *testing.T, limit time.Duration) (db, other *database) {
 	t.Helper()
 	url := os.Getenv("POSTGRES_URL")

@@ -219,7 +219,7 @@ func (in *input) integer(name string) int32 {
 // requiredField returns a field of the body as it was sent, nil if it is absent.
 func (in *input) requiredField(name string) json.RawMessage {
 	raw := in.body[name]
-	if raw == nil && in.body != nil { // a missing body is a fault of its own
+	if raw == nil && in.body != nil { // a body that cannot be used is a fault of its own
 		in.faults[name] = "is required"
 	}
 	return raw

@@ -26,8 +26,8 @@ CREATE TABLE goods (
 
 -- By project, and in it in the order of the list.
 CREATE INDEX goods_project_id_idx ON goods (project_id, priority);
--- For people who look for a good by its name, as the users asked: no call of the
--- service needs it.
+-- The users of the service asked for it, to look for a good by its name; no call
+-- needs it.
 CREATE INDEX goods_name_idx ON goods (name);
 CREATE UNIQUE INDEX goods_idempotency_key ON goods (project_id, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
