@@ -48,7 +48,7 @@ gobuild = CGO_ENABLED=0 go build -trimpath -buildvcs=$$(git status >/dev/null 2>
 hello = printf '\n%s\n%s\n\n' "goods answers at http://$$address; try:" \
 	"  curl -d '{\"name\":\"first\"}' '$$address/goods/create?projectId=1'"
 
-.PHONY: help run up down clean env build test faults soak bench fuzz lint demo
+.PHONY: help run up down clean env build test faults soak bench fuzz lint demo migrate-postgres migrate-clickhouse
 
 help: ## list the targets
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-20s %s\n", $$1, $$2 }'
@@ -131,3 +131,9 @@ lint: ## gofmt, go vet, staticcheck, a build for arm64, shellcheck, actionlint, 
 
 demo: ## show the API on a running service
 	scripts/demo.sh
+
+migrate-postgres: ## apply sql/postgres now
+migrate-clickhouse: ## apply sql/clickhouse now
+migrate-postgres migrate-clickhouse: migrate-%:
+	set -e; if $(docker); then exec docker compose run --rm --build goods migrate $*; fi; \
+	$(servers) $(gobuild); ./goods migrate $*
