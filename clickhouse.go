@@ -15,8 +15,9 @@ import (
 // eventLog is the table goods_log in ClickHouse. All methods may be called concurrently.
 type eventLog struct {
 	writer, reader clickhouse.Conn // readers have connections of their own, and so never hold up the events
-	// syncInserts says that the server has to be told not to acknowledge an INSERT before it is stored.
-	syncInserts atomic.Bool
+	// knowsAsync says that the server knows asynchronous INSERTs, which have to be switched off: it would
+	// acknowledge them before they are stored.
+	knowsAsync atomic.Bool
 }
 
 // openEventLog returns the log, which connects when it is used.
@@ -58,7 +59,7 @@ func (l *eventLog) insert(events []event) error {
 	// ctx ends before Send does. If ctx ended right after Send, that goroutine could miss the end of Send,
 	// and close a connection that the next INSERT uses already.
 	defer func() { time.AfterFunc(time.Second, cancel) }()
-	if l.syncInserts.Load() {
+	if l.knowsAsync.Load() {
 		ctx = clickhouse.Context(ctx, clickhouse.WithSettings(clickhouse.Settings{
 			"async_insert":          0,
 			"wait_for_async_insert": 1,
@@ -101,8 +102,8 @@ func (l *eventLog) migrate() error {
 	if err != nil {
 		return fmt.Errorf("migrate clickhouse: %w", err)
 	}
-	const firstWithAsyncInserts = 22
-	l.syncInserts.Store(server.Version.Major >= firstWithAsyncInserts)
+	const firstWithAsync = 22
+	l.knowsAsync.Store(server.Version.Major >= firstWithAsync)
 	return nil
 }
 

@@ -37,18 +37,18 @@ var variables = []struct{ name, fallback, help string }{
 		":8080 is every address of this machine"},
 	{"POSTGRES_URL", "postgres://goods:goods@localhost:5432/goods?sslmode=disable",
 		"the database of goods, a URL such as postgres://user:password@host:5432/database " +
-			"or ://host1,host2/database?port=5432,5433"},
+			"or ://host1,host2/db?port=5432,5433"},
 	{"REDIS_URL", "redis://localhost:6379/0", "the cache, " +
 		"a URL such as redis://user:password@host:6379/0, or rediss:// for TLS"},
-	{"NATS_URL", "nats://localhost:4222", "carries the events, " +
-		"URLs such as nats://user:password@host:4222, or tls://, with commas"},
+	{"NATS_URL", "nats://localhost:4222", "the servers that carry the events, " +
+		"a URL such as nats://user:password@host:4222, or tls://, or several with commas"},
 	{"CLICKHOUSE_URL", "clickhouse://localhost:9000/default", "the log of the events, " +
 		"a URL such as clickhouse://user:password@host:9000/database or https://host:8443/database"},
-	{"EVENTS_BATCH", "5", "the events in one INSERT into ClickHouse, 1 to 1000"},
-	{"NATS_REPLICAS", "1", "the replicas of the stream, 1 to 5"},
+	{"EVENTS_BATCH", "5", "the number of events in one INSERT into ClickHouse, 1 to 1000"},
+	{"NATS_REPLICAS", "1", "the number of replicas of the stream, 1 to 5"},
 	{"NAMESPACE", "goods", "a prefix of Redis keys and NATS names: " +
 		"a letter of a-z, then up to 31 of a-z, 0-9, - and _"},
-	{"LOG_LEVEL", "info", "debug, info, warn or error"},
+	{"LOG_LEVEL", "info", "the least level that is logged: debug, info, warn or error"},
 }
 
 // errUnfit is the error of a value that is not what its variable's help says.
@@ -69,9 +69,10 @@ func readConfig(getenv func(string) string) (*config, error) {
 		if c.set(v.name, value) == nil { // an error's text may have the value in it
 			continue
 		}
-		text := v.name + " must be " + v.help
+		text := v.name + " is not valid: it is " + v.help
 		if strings.HasSuffix(v.name, "_URL") {
-			text += " (special characters in a user or password have to be percent-encoded)"
+			text += " (special characters in a user or password have to be percent-encoded, " +
+				"and no parameter may be unknown)"
 		}
 		bad = append(bad, text)
 	}
@@ -255,6 +256,7 @@ Environment variables, with their defaults:
 
 `)
 	for _, v := range variables {
-		fmt.Fprintf(w, "  %s=%s\n      %s\n", v.name, v.fallback, v.help)
+		help := strings.ReplaceAll(v.help, ", a URL", ",\n      a URL") // one line has 100 columns at most
+		fmt.Fprintf(w, "  %s=%s\n      %s\n", v.name, v.fallback, help)
 	}
 }

@@ -49,9 +49,9 @@ func TestBadConfig(t *testing.T) {
 	} {
 		for _, value := range values {
 			_, err := readConfig(env{name: value}.get)
-			if err == nil || !strings.HasPrefix(err.Error(), name+" must be ") ||
+			if err == nil || !strings.HasPrefix(err.Error(), name+" is not valid: it is ") ||
 				strings.Contains(err.Error(), "secret") {
-				t.Errorf("%s=%s: got %v, want what it must be, without the value", name, value, err)
+				t.Errorf("%s=%s: got %v, want what it is, without the value", name, value, err)
 			}
 		}
 	}

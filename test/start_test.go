@@ -50,6 +50,10 @@ func TestCommands(t *testing.T) {
 	} {
 		if out, stderr, success := goods(t, w, command, "HTTP_ADDR=nonsense"); !success || !has(out, want) {
 			t.Errorf("%s: got %q and %q, want %q", command, out, stderr, want)
+		} else {
+			for line := range strings.Lines(out) {
+				harness.Equal(t, len(line) <= 101, true, "whether %q fits 100 columns", line)
+			}
 		}
 	}
 	for range 2 {
