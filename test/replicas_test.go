@@ -133,7 +133,7 @@ func TestReplicasShareRedis(t *testing.T) {
 }
 
 // When another database takes the place of the one that the service has, as in a restore, lists show what
-// that has, though its goods have the same versions with other content.
+// that has, though its goods have the same versions with other content, and the stream is left alone.
 func TestDatabaseReplaced(t *testing.T) {
 	w, a := started(t)
 	a.Stock(t, 3)
@@ -176,4 +176,10 @@ func TestDatabaseReplaced(t *testing.T) {
 		restored := strings.Count(reply.Body, `"name":"restored"`)
 		harness.Equal(t, restored, 3, "restored goods in %s", reply.Body)
 	}
+	// The stream has events of the database before: they do not get into the history of this one.
+	for _, part := range []string{"relay", "consumer"} {
+		failures := func() int { return inLog(a, "failing", part) }
+		harness.AwaitEqual(t, 15*time.Second, failures, 1, "failures of the %s", part)
+	}
+	ready(t, a, "nats")
 }
