@@ -200,3 +200,93 @@ UPDATE goods SET name = 'restored'`)
 		harness.Equal(t, good.Name, "restored", "name of good %d", good.ID)
 	}
 }
+
+// Calls of all kinds at once take a connection each, and leave it for the calls that follow.
+func TestConnectionsAreKept(t *testing.T) {
+	w, a := started(t)
+	const times = 12
+	makeGoods(t, w, times)
+	for n := range times {
+		tx := w.Hold(t, `LOCK TABLE goods IN ACCESS EXCLUSIVE MODE`)
+		var running sync.WaitGroup
+		for _, call := range calls {
+			running.Go(func() {
+				path := strings.Replace(call.path, target(1), target(1+n), 1)
+				if r := a.Call(t, call.method, path, call.body); r.Status > 201 && r.Status != 404 {
+					t.Errorf("%s: got %d %s", path, r.Status, r.Body) // a removed good gets 404
+				}
+			})
+		}
+		harness.AwaitEqual(t, 10*time.Second, func() bool {
+			return harness.One[bool](t, w, `
+SELECT count(*) >= 6 -- updates and removals have one in common
+FROM pg_stat_activity
+WHERE datname = current_database() AND wait_event_type = 'Lock'`)
+		}, true, "each call has its connection")
+		harness.Must(t, tx.Rollback())
+		running.Wait()
+	}
+	sessions := harness.One[int](t, w, `
+SELECT sessions
+FROM pg_stat_database
+WHERE datname = current_database()`)
+	t.Logf("%d sessions", sessions)
+	if most := 25 + 4 + 2 + 5; sessions > most { // for requests, for events, at the start, and the test's
+		t.Errorf("got %d sessions in Postgres, want %d at most", sessions, most)
+	}
+}
+
+// A session that cannot be set up is left at once: the server's connections are for sessions that are used.
+func TestSessionsThatCannotBeSetUp(t *testing.T) {
+	t.Parallel()
+	w := harness.NewWorld(t)
+	p := w.NewProxy(t, "POSTGRES_URL")
+	a := w.Start(t, "NATS_URL=nats://127.0.0.1:1") // without NATS there are few sessions for events
+	a.Create(t, "before")
+	sessions := func() int {
+		return harness.One[int](t, w, `
+SELECT count(*)
+FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid()`)
+	}
+	p.Spoil(func(to net.Conn, part []byte) error {
+		return harness.Forward(to, bytes.Replace(part, []byte("set_config("), []byte("sat_config("), 1))
+	}, harness.Forward)
+	p.Cut()
+	const callers, each = 4, 10
+	harness.Together(callers, func(int) {
+		for range each {
+			if r := a.Call(t, "POST", create, someName); r.Status < 500 {
+				t.Errorf("got %d %s from sessions that are not set up", r.Status, r.Body)
+			}
+		}
+	})
+	harness.AwaitEqual(t, 10*time.Second, func() bool { return sessions() < callers }, true,
+		"fewer than %d sessions are left", callers)
+	p.Pass()
+	a.Create(t, "afterwards")
+}
+
+// Two calls of a kind that wait for goods at the same time, the first two since the service began, do not get
+// into each other's way.
+func TestFirstCallsThatWait(t *testing.T) {
+	t.Parallel()
+	w := harness.NewWorld(t)
+	p := w.NewProxy(t, "POSTGRES_URL")
+	a := w.Start(t)
+	makeGoods(t, w, 4)
+	p.Spoil(func(to net.Conn, part []byte) error {
+		lockGood := bytes.Contains(part, []byte("\nFOR UPDATE\x00"))
+		lockRange := bytes.Contains(part, []byte("SELECT lock_range("))
+		if lockGood || lockRange {
+			<-time.After(200 * time.Millisecond) // the second call comes while the first prepares this
+		}
+		return harness.Forward(to, part)
+	}, harness.Forward)
+	tx := w.Hold(t, `SELECT FROM goods FOR UPDATE`)
+	time.AfterFunc(500*time.Millisecond, func() { _ = tx.Rollback() })
+	harness.Together(4, func(i int) {
+		call := calls[1+i%2] // update and move
+		ok(t, a, call.method, strings.Replace(call.path, target(1), target(1+i), 1), call.body)
+	})
+}
