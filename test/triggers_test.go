@@ -146,3 +146,45 @@ FROM pg_stat_activity
 WHERE datname = current_database() AND wait_event IN ('transactionid', 'tuple')`)
 	}, n, "sessions that wait for rows")
 }
+
+// A move waits for the goods that it would renumber, as far as a move may go, and for no others. It locks
+// them in the order of their ids, so that transactions wait for each other in one direction only.
+func TestRangeIsLocked(t *testing.T) {
+	t.Parallel()
+	w := harness.NewWorld(t)
+	goods(t, w, "migrate postgres")
+	// Good 12 comes first, in the list and in the table.
+	w.Exec(t, `
+INSERT INTO goods (id, project_id, name) OVERRIDING SYSTEM VALUE
+SELECT 13 - n, 1, n::text FROM generate_series(1, 12) AS n`)
+	locked := func() string {
+		return harness.One[string](t, w, `
+SELECT coalesce(string_agg(id::text, ' ' ORDER BY id), '')
+FROM goods
+WHERE id NOT IN (SELECT id FROM (SELECT id FROM goods FOR UPDATE SKIP LOCKED) AS free)`)
+	}
+	for call, want := range map[string]string{ // good, project, position, the most that a move may go
+		`lock_range(12, 1, 12, 3)`:         "9 10 11 12",
+		`lock_range(1, 1, 1, 3)`:           "1 2 3 4",
+		`lock_range(6, 1, 2147483647, 2)`:  "4 5 6",
+		`lock_range(6, 1, 5, 10000)`:       "6 7 8",
+		`lock_range(6, 1, 9, 10000)`:       "4 5 6",
+		`lock_range(6, 1, 7, 10000)`:       "6",
+		`lock_range(6, 2, 12, 10000)`:      "", // of another project
+		`lock_range(13, 1, 1, 2147483647)`: "", // there is none
+	} {
+		tx := w.Hold(t, `SELECT `+call)
+		harness.Equal(t, locked(), want, "goods that %s locks", call)
+		harness.Must(t, tx.Rollback())
+	}
+	holder := w.Hold(t, `SELECT FROM goods WHERE id = 2 FOR UPDATE`)
+	done := make(chan error)
+	go func() {
+		_, err := w.DB.Exec(`SELECT lock_range(12, 1, 12, 11)`)
+		done <- err
+	}()
+	awaitRowLock(t, w, 1)
+	harness.Equal(t, locked(), "1 2", "goods that are locked while a range waits for good 2")
+	harness.Must(t, holder.Rollback())
+	harness.Must(t, <-done)
+}
