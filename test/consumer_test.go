@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -69,14 +70,26 @@ func TestConsumerDeleted(t *testing.T) {
 	fetches := counted(t, w, "NATS_URL", "$JS.API.CONSUMER.MSG.NEXT.")
 	a := w.Start(t)
 	ready(t, a)
-	for n := range 3 {
-		a.Create(t, "one")
-		w.Settled(t, 15*time.Second)
-		<-time.After(time.Duration(n) * 300 * time.Millisecond) // in the middle of a fetch, or elsewhere
+	lose := func() {
+		t.Helper()
 		harness.Must(t, w.JS.DeleteConsumer(t.Context(), w.Stream(), "clickhouse"))
 		a.Create(t, "another")
+	}
+	for n := range 2 {
+		a.Create(t, "one")
+		w.Settled(t, 15*time.Second)
+		<-time.After(time.Duration(n) * 500 * time.Millisecond) // in the middle of a fetch, which fails
+		lose()
 		harness.Equal(t, w.Settled(t, 20*time.Second), 2*n+2, "events")
 	}
+	told := strings.Contains(a.Log(), "consumer deleted")
+	harness.Equal(t, told, true, "the log says that the consumer was deleted")
+	show := w.HideLog(t)
+	a.Create(t, "one")
+	held(t, w, 1)
+	lose() // between two fetches: those that follow just find nothing
+	show()
+	harness.Equal(t, w.Settled(t, 30*time.Second), 6, "events")
 	if n := fetches.Load(); n > 500 {
 		t.Errorf("the service asked for messages %d times", n)
 	}

@@ -207,3 +207,40 @@ func TestRelayIsPatient(t *testing.T) {
 		t.Errorf("NATS was asked %d times in %d seconds", n, seconds)
 	}
 }
+
+// Lost events may be published again by one replica while another still looks for them: they do not count
+// as lost once more.
+func TestPublishedWhileRequeued(t *testing.T) {
+	t.Parallel()
+	w := harness.NewWorld(t)
+	goods(t, w, "migrate postgres")
+	makeGoods(t, w, 5)
+	// The triggers are the other replica.
+	w.Exec(t, `
+UPDATE outbox SET published_at = clock_timestamp() - interval '1 hour';
+CREATE FUNCTION publish() RETURNS trigger LANGUAGE plpgsql AS
+$$
+BEGIN
+    NEW.published_at := clock_timestamp();
+    RETURN NEW;
+END
+$$;
+CREATE TRIGGER publish
+    BEFORE UPDATE ON outbox
+    FOR EACH ROW WHEN (NEW.published_at IS NULL) EXECUTE FUNCTION publish();
+CREATE FUNCTION take_time() RETURNS trigger LANGUAGE plpgsql AS
+$$
+BEGIN
+    PERFORM pg_sleep(0.5);
+    RETURN NULL;
+END
+$$;
+CREATE TRIGGER take_time
+    AFTER UPDATE ON outbox
+    FOR EACH STATEMENT EXECUTE FUNCTION take_time()`)
+	a := w.Start(t, nowhere)
+	a.Create(t, "another")
+	published(t, w)
+	const name = "goods_events_requeued_total"
+	harness.Equal(t, value(t, a, name, ""), 5, "events that were published again")
+}
