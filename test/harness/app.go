@@ -188,8 +188,12 @@ func (a *App) Ready() error {
 	return err
 }
 
-// Client keeps enough connections for every test.
-var Client = &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 256}}
+// Client keeps enough connections for every test. It may open one and then send its request on another, which
+// has become free: the service closes the one without a request after five seconds, just when it might be used.
+var Client = &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{
+	MaxIdleConnsPerHost: 256,
+	IdleConnTimeout:     4 * time.Second,
+}}
 
 // Try sends one request, with header lines such as "Idempotency-Key: x". Whatever is answered must be as
 // openapi.yaml says, or the test fails.
