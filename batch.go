@@ -23,8 +23,8 @@ import (
 //     has locked: it leaves out the call that needs it, which joins the next batch. When that one leaves it
 //     out, too, the call is retried alone, where it may wait. At most loneRequests retries run at a time.
 //   - What is retried: a call that two batches left out, and every call of a batch that failed, alone and
-//     once. So a failure stays with its own call, and a pooled connection that died while it was idle fails
-//     no call at all.
+//     once. So a failure stays with its own call, and a pooled connection that the server closed while it was
+//     idle fails no call at all.
 //   - What is never repeated: a write of unknown outcome (errOutcomeUnknown). Its caller gets an error, and
 //     decides.
 

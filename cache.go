@@ -35,9 +35,10 @@ type key = int64
 
 func newKey(id, version int32) key { return int64(id)<<32 | int64(version) }
 
-// cache keeps versions of goods, as the JSON that a list sends: all in Redis, for all replicas, and the small
-// ones that came last in the process, too, with which hot lists are a seventh faster. Errors of Redis count
-// as misses, and open a circuit breaker. All methods may be called concurrently.
+// cache keeps versions of goods, as the JSON that a list sends: what small pages read is in Redis, for all
+// replicas; the last small goods that were read or edited are in the process, too, which makes hot lists a
+// seventh faster. Errors of Redis count as misses, and open a circuit breaker. All methods may be called
+// concurrently.
 type cache struct {
 	pool      *redis.Pool
 	namespace string
@@ -145,8 +146,8 @@ func (c *cache) getLocal(serverID string, keys []key) [][]byte {
 	goods := make([][]byte, len(keys))
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	// Emptied as a whole, every cacheTTL: Redis forgets each good after as long. So entries need no time of
-	// their own.
+	// Emptied as a whole, every cacheTTL, so that what no list asks for any more does not stay: a time for
+	// each entry would cost more.
 	if c.serverID != serverID || time.Since(c.emptied) > cacheTTL {
 		clear(c.local[:])
 		c.serverID = serverID
@@ -231,8 +232,8 @@ func (c *cache) put(serverID string, keys []key, goods [][]byte) {
 	c.runLater("SET", commands)
 }
 
-// dropShared deletes goods from Redis in the background. No list asks for them any more, so what the process
-// has of them does no harm: it only frees memory of Redis before their cacheTTL ends.
+// dropShared deletes goods that no list asks for any more from Redis, in the background. That only frees
+// memory of Redis before their cacheTTL ends. What the process has of them does no harm.
 func (c *cache) dropShared(serverID string, keys []key) {
 	var commands [][]any
 	for _, k := range keys {

@@ -19,7 +19,8 @@ const (
 	eventTimeout  = 5 * time.Second  // for one exchange with ClickHouse, or one statement of Postgres
 	ackWait       = 3 * eventTimeout // longer than an INSERT, a migration after it, and retryMost
 	// An event is lost if it was published more than lostAfter before the oldest message of the stream, and
-	// is still in the outbox. The margin covers the time from asking for the stream to the end of the UPDATE.
+	// is still in the outbox. Ages are measured when NATS answers, but subtracted from the time of the UPDATE,
+	// which is a little later: without the margin, events that NATS still has would count as lost, too.
 	lostAfter    = 2 * eventTimeout
 	lookInterval = lostAfter / 2 // between two looks for lost events
 	retryFirst   = 100 * time.Millisecond
@@ -104,7 +105,7 @@ func (c *consumer) consume(state *stateLog) error {
 	}
 }
 
-// openPull makes the pull consumer that all replicas share what it has to be.
+// openPull returns the pull consumer, which all replicas share. It is created, or its settings are corrected.
 func (c *consumer) openPull() (jetstream.Consumer, error) {
 	// The relay does the same, but notices that the stream is gone only when it publishes.
 	if err := c.relay.prepareStream(); err != nil {

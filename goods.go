@@ -203,8 +203,8 @@ func (s *service) Update(ctx context.Context, q editRequest) (good, error) {
 	return s.edits.do(ctx, q)
 }
 
-// Remove marks a good as removed: it keeps its place in the list, and no call can change it any more.
-// Failures: errGoodNotFound, errGoodChanged.
+// Remove marks a good as removed: it stays in the list, where moves of other goods still shift it, and no
+// call can name it to change it any more. Failures: errGoodNotFound, errGoodChanged.
 func (s *service) Remove(ctx context.Context, q editRequest) (good, error) {
 	q.Removed = true
 	return s.edits.do(ctx, q)

@@ -135,7 +135,7 @@ func countWithin(requests []listRequest, most int32) int {
 type snapshot struct {
 	exists         bool // the project does
 	total, removed int64
-	bytes          int64 // of the goods as JSON; an estimate has no escapes, and is 0 for up to ten goods
+	bytes          int64 // of the goods: measured by readGoods; by readVersions estimated, or 0 for up to ten
 	keys           []key
 	goods          [][]byte // JSON, one for each key; nil where it is not known
 }

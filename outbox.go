@@ -224,8 +224,8 @@ func (r *relay) publishAll(messages [][]claimedEvent) (published pq.Int64Array, 
 	return published, err
 }
 
-// A published_at in the future was written before the clock was set back; by a few seconds, that is left to
-// pass, as a clock may be corrected by so much.
+// A published_at in the future was written before the clock was set back. One that is less than ten seconds
+// ahead is left alone: clocks are corrected by so much, and soon it is in the past.
 const requeueEventsSQL = `
 UPDATE outbox
 SET published_at = NULL

@@ -32,8 +32,8 @@ type database struct {
 	*sql.DB
 	prepared sync.Map // query -> *sql.Stmt
 
-	// serverID identifies the server that the newest connection leads to, since its start, and the table
-	// goods in it. Only together with it does (id, version) name one content forever: after a failover that
+	// serverID identifies one run of the server that the newest connection leads to, and the table goods in
+	// it. Only together with it does (id, version) name one content forever: after a failover that
 	// lost commits, or a restore, the same version number is given again, to other content. Connections to
 	// two servers at once exist only while there are two primaries, which fencing forbids. A restore into a
 	// database that is in use would go unnoticed by the connections that are open: stop the replicas for it.
