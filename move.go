@@ -3,7 +3,9 @@ package main
 import (
 	"context"
 	"database/sql"
+	_ "embed"
 	"fmt"
+	"time"
 
 	"github.com/lib/pq"
 )
@@ -13,10 +15,14 @@ const (
 	// and other moves wait meanwhile, and all of it has to end within statementTimeout: 10,000 take a
 	// quarter of a second on two quiet cores, so a machine may be ten times slower.
 	maxSpan = 10_000
-	// A batch of moves renumbers at most maxBatchSpan goods; its first move is always made, the rest waits
-	// for the next batch. Creates wait for moves, so the limit is lower while this replica has creates.
-	maxBatchSpan              = 300
-	maxBatchSpanBesideCreates = 4
+	// A batch of moves renumbers at most maxBatchSpan goods, or what the first move that it makes needs; moves
+	// past that wait for the next batch.
+	maxBatchSpan = 300
+	// Creates wait for a batch of moves, and share the cores with it. While this replica has creates to answer,
+	// the limit is lower, and a pause comes before each batch: moves that came as fast as they can would take
+	// a fifth of the creates away.
+	maxBatchSpanBesideCreates = 12
+	pauseBesideCreates        = 2 * time.Millisecond
 )
 
 // position says where a good is in the list.
@@ -46,25 +52,31 @@ const (
 SELECT n, outcome, first_position, keys
 FROM move_goods($1, $2, $3, $4)`
 
-	lockRangeSQL = `
-SELECT lock_range($1, $2, $3, $4)`
+	lockGoodsSQL = `
+SELECT id
+FROM goods
+WHERE id = ANY ($1)
+ORDER BY id
+FOR UPDATE`
 )
+
+//go:embed sql/queries/locked_goods.sql
+var lockedGoodsSQL string
 
 // moveGoods leaves out a move over goods that another transaction has locked, so that it does not hold up the
 // others: they, and all creates, wait for the lock of the priorities. A request that is retried alone waits
-// for its goods twice: in a query of its own, which keeps no lock, so that the long wait holds up nobody; and
-// then inside move_goods, which has the lock of the priorities, for the few that were locked in between.
+// for its goods twice: first without that lock, in awaitRange; and then inside move_goods, which has it, for
+// the few goods that were locked in between.
 func (s *service) moveGoods(requests []moveRequest, results []result[[]position], alone bool) error {
 	if alone {
-		q := requests[0]
-		args := []any{q.ID, q.ProjectID, q.Priority, maxSpan}
-		if err := s.db.query(lockRangeSQL, args, ignoreRow); err != nil {
+		if err := s.awaitRange(requests[0]); err != nil {
 			return fmt.Errorf("wait for goods: %w", err)
 		}
 	}
 	batchSpan := maxBatchSpan
 	if s.creates.busy() {
 		batchSpan = maxBatchSpanBesideCreates
+		time.Sleep(pauseBesideCreates)
 	}
 	for i := range results {
 		results[i].err = errNextBatch // unless there is a row for it
@@ -112,6 +124,18 @@ func (s *service) moveGoods(requests []moveRequest, results []result[[]position]
 	// read again.
 	s.cache.dropShared(s.db.id(), replaced)
 	return nil
+}
+
+// awaitRange waits for the goods that a move would renumber and that another transaction has locked. It locks
+// no other good while it waits, so nobody has to wait for it who would not wait anyway.
+func (s *service) awaitRange(q moveRequest) error {
+	var locked pq.Int32Array
+	args := []any{q.ID, q.ProjectID, q.Priority, maxSpan}
+	err := s.db.query(lockedGoodsSQL, args, func(rows *sql.Rows) error { return rows.Scan(&locked) })
+	if err != nil || len(locked) == 0 {
+		return err
+	}
+	return s.db.query(lockGoodsSQL, []any{locked}, ignoreRow)
 }
 
 // positions returns the goods of keys, of which the first is at the position first.

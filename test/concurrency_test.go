@@ -247,6 +247,7 @@ func TestLockedGood(t *testing.T) {
 				begin := time.Now()
 				a.Create(t, "another")
 				ok(t, a, "PATCH", "/goods/update"+target(id), someName)
+				ok(t, a, "PATCH", "/goods/update"+target(1), someName) // a move past it, and more, may wait
 				ok(t, a, "PATCH", "/goods/reprioritize"+target(12), fmt.Sprintf(`{"newPriority":%d}`, id+1))
 				ok(t, a, "DELETE", "/goods/remove"+target(id), "")
 				return time.Since(begin)

@@ -277,7 +277,7 @@ func TestFirstCallsThatWait(t *testing.T) {
 	makeGoods(t, w, 4)
 	p.Spoil(func(to net.Conn, part []byte) error {
 		lockGood := bytes.Contains(part, []byte("\nFOR UPDATE\x00"))
-		lockRange := bytes.Contains(part, []byte("SELECT lock_range("))
+		lockRange := bytes.Contains(part, []byte("SELECT goods_in_range("))
 		if lockGood || lockRange {
 			<-time.After(200 * time.Millisecond) // the second call comes while the first prepares this
 		}

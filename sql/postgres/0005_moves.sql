@@ -1,19 +1,28 @@
--- Waits for the locks of the goods between a good and a position, at most max_span
--- goods away, in the order of their ids: transactions that lock several goods
--- wait for each other in one direction only.
+-- The ids of the goods between a good and a position, at most max_span goods away.
+CREATE FUNCTION goods_in_range(good integer, project integer, target integer, max_span integer)
+    RETURNS SETOF integer
+    LANGUAGE sql STABLE AS
+$$
+SELECT g.id
+FROM goods AS moved
+JOIN goods AS g ON g.priority
+    BETWEEN greatest(least(target, moved.priority), moved.priority - max_span)
+    AND least(greatest(target, moved.priority), moved.priority + max_span)
+WHERE moved.id = good
+  AND moved.project_id = project
+$$;
+
+-- Waits for the locks of these goods, in the order of their ids: transactions that
+-- lock several goods wait for each other in one direction only.
 CREATE FUNCTION lock_range(good integer, project integer, target integer, max_span integer) RETURNS void
     LANGUAGE plpgsql AS
 $$
 BEGIN
-    PERFORM g.id
-    FROM goods AS moved
-    JOIN goods AS g ON g.priority
-        BETWEEN greatest(least(target, moved.priority), moved.priority - max_span)
-        AND least(greatest(target, moved.priority), moved.priority + max_span)
-    WHERE moved.id = good
-      AND moved.project_id = project
-    ORDER BY g.id
-    FOR UPDATE OF g;
+    PERFORM id
+    FROM goods
+    WHERE id IN (SELECT goods_in_range(good, project, target, max_span))
+    ORDER BY id
+    FOR UPDATE;
 END
 $$;
 
