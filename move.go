@@ -22,7 +22,7 @@ const (
 	// the limit is lower, and a pause comes before each batch: moves that came as fast as they can would take
 	// a fifth of the creates away.
 	maxBatchSpanBesideCreates = 12
-	pauseBesideCreates        = 2 * time.Millisecond
+	pauseBesideCreates        = 4 * time.Millisecond
 )
 
 // position says where a good is in the list.
