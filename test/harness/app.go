@@ -189,7 +189,7 @@ func (a *App) Ready() error {
 }
 
 // Client keeps enough connections for every test. It may open one and then send its request on another, which
-// has become free: the service closes the one without a request after five seconds, just when it might be used.
+// has become free: the service closes the first after five seconds, perhaps just when it is used.
 var Client = &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{
 	MaxIdleConnsPerHost: 256,
 	IdleConnTimeout:     4 * time.Second,
