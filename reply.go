@@ -88,6 +88,7 @@ func (a *api) serve(h handler, w http.ResponseWriter, r *http.Request) (answer r
 	return answer, err
 }
 
+// outageOf returns where it is noted whether calls like r get 503.
 func (a *api) outageOf(r *http.Request) *stateLog {
 	if r.URL.Path == "/goods/history" {
 		return a.historyOutage

@@ -21,7 +21,7 @@ import (
 
 const (
 	maxInt32       = math.MaxInt32
-	maxBody        = 128 << 10 // bytes: 10,000 characters fit even when a client escapes each as \uXXXX\uXXXX
+	maxBody        = 128 << 10 // bytes: 10,000 characters fit even when a client escapes each, as \ud83d\ude00
 	maxName        = 255       // characters
 	maxDescription = 10_000    // characters
 	maxKey         = 255       // bytes

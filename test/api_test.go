@@ -88,8 +88,8 @@ func refused(
 func TestCalls(t *testing.T) {
 	w, a := started(t)
 	r := a.Call(t, "POST", create, `{"name":"a <b> & é","description":"d"}`)
-	pattern := `^201 \{"id":1,"projectId":1,"name":"a <b> & é","description":"d","priority":1,"removed":false,` +
-		`"createdAt":"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"\}\n$`
+	pattern := `^201 \{"id":1,"projectId":1,"name":"a <b> & é","description":"d","priority":1,` +
+		`"removed":false,"createdAt":"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"\}\n$`
 	if got := fmt.Sprint(r.Status, " ", r.Body); !regexp.MustCompile(pattern).MatchString(got) {
 		t.Errorf("create: got %s, want %s", got, pattern)
 	}
